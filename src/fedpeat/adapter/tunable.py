@@ -1,0 +1,196 @@
+"""A network with an adapter attached, whose tensors are named as in the full model.
+
+Emulator and full model hold the same blocks at different places. All that travels is named by the
+full model's block indices, so that plugging in is a copy by name, and a tensor that has no partner
+is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from fedpeat.adapter.methods import METHODS
+from fedpeat.config.schema import AdapterConfig
+from fedpeat.core.errors import AdapterError
+from fedpeat.core.run_folder import replace_folder
+from fedpeat.model.blocks import Blocks, reindex
+
+__all__ = ["Tunable", "adapter_facts", "attach", "check_state", "read_adapter"]
+
+_PEFT_PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+class Tunable:
+    """A network and the parameters of it that are tuned.
+
+    Attributes:
+        model: The network to call; a ``peft.PeftModel`` where a PEFT method is used.
+        parameters: Tuned parameters by their name in the full model, in a fixed order.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the network lives on."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of tuned parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return a float32 copy of the tuned tensors, by their name in the full model."""
+        return {
+            name: p.detach().float().cpu().numpy().copy() for name, p in self.parameters.items()
+        }
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Plug in: copy tuned tensors from ``state``, every one and no other.
+
+        Raises:
+            AdapterError: If a name or a shape does not fit; nothing is copied then.
+        """
+        check_state(state, {name: tuple(p.shape) for name, p in self.parameters.items()})
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Switch a PEFT adapter off for a while: the network is then the one it was attached to."""
+        if not isinstance(self.model, peft.PeftModel):
+            raise AdapterError("only a PEFT adapter can be switched off; whole tuned blocks cannot")
+        with self.model.disable_adapter():
+            yield
+
+    def save(self, folder: Path, model_name: str) -> None:
+        """Write the adapter: a PEFT checkpoint of the full model, or whole blocks by name."""
+        with replace_folder(folder) as temporary:
+            if isinstance(self.model, peft.PeftModel):
+                settings = self.model.peft_config["default"]
+                settings.base_model_name_or_path = model_name
+                self.model.save_pretrained(str(temporary), save_embedding_layers=False)
+                (temporary / "README.md").unlink(missing_ok=True)
+            else:
+                save_file(self.state(), temporary / WEIGHTS_FILE)
+                record = {"fedpeat": "whole blocks", "base_model_name_or_path": model_name}
+                (temporary / CONFIG_FILE).write_text(json.dumps(record, indent=2))
+
+    def merged(self) -> transformers.PreTrainedModel:
+        """Return the full model with the adapter merged in; this object is spent afterwards.
+
+        Raises:
+            AdapterError: If the method cannot be merged (prompts).
+        """
+        if not isinstance(self.model, peft.PeftModel):
+            return self.model  # type: ignore[return-value]
+        if not hasattr(self.model.base_model, "merge_and_unload"):
+            raise AdapterError("a prompt cannot be merged into weights; export it without --merged")
+        return self.model.base_model.merge_and_unload()  # type: ignore[no-any-return, operator]
+
+
+def attach(
+    model: transformers.PreTrainedModel,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    config: AdapterConfig,
+    *,
+    index_map: Mapping[int, int] | None = None,
+    seed: int = 0,
+) -> Tunable:
+    """Attach a freshly initialised adapter to a network.
+
+    Args:
+        model: Full model or emulator; it is changed in place.
+        blocks: Its block list.
+        tuned: Indices of the tuned blocks, as in the full model.
+        config: The method and its settings.
+        index_map: Full-model index of each block of this network; none if this is the full model.
+        seed: Seed of the initial adapter; the caller's random stream is left as it was.
+
+    Raises:
+        AdapterError: If the method cannot be put onto this network.
+    """
+    to_full = dict(index_map) if index_map is not None else {i: i for i in range(blocks.num_blocks)}
+    here = sorted(local for local, full in to_full.items() if full in set(tuned))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuned_model = METHODS[config.method](model, blocks, here, config)
+    trained = {_wire_name(name): p for name, p in tuned_model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise AdapterError(f"adapter method {config.method!r} leaves nothing to tune")
+    names = reindex(list(trained), blocks.path, to_full)
+    tuned_model.eval()
+    return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
+
+
+def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that an adapter's tensors are exactly those wanted.
+
+    Raises:
+        AdapterError: If a name is missing or unexpected, or a shape differs.
+    """
+    for problem, names in (
+        ("lacks", shapes.keys() - state.keys()),
+        ("has unexpected", state.keys() - shapes.keys()),
+    ):
+        if names:
+            raise AdapterError(
+                f"adapter {problem} {len(names)} of {len(shapes)} tensors: "
+                f"{', '.join(sorted(names)[:3])}"
+            )
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise AdapterError(
+                f"adapter tensor {name} must have shape {shape}, got {state[name].shape}"
+            )
+
+
+def read_adapter(folder: Path) -> dict[str, np.ndarray]:
+    """Read an exported adapter's tensors, by their name in the full model.
+
+    Raises:
+        AdapterError: If the folder holds none, or the file is damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"cannot read adapter {path}: {error}") from error
+    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _wire_name(name: str) -> str:
+    """Return a parameter's name as PEFT writes it into a file, without PEFT's prefix."""
+    if name == "prompt_encoder.default.embedding.weight":
+        return "prompt_embeddings"
+    name = name.removeprefix(_PEFT_PREFIX)
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(
+        ".default", ""
+    )
+
+
+def adapter_facts(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the number of parameters and of bytes of an adapter's tensors."""
+    return {
+        "num_parameters": int(sum(a.size for a in state.values())),
+        "num_bytes": int(sum(a.nbytes for a in state.values())),
+    }

@@ -1,0 +1,239 @@
+"""The ``fedpeat`` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from fedpeat import __version__
+from fedpeat.core.errors import ConfigError, FedPEATError
+
+if TYPE_CHECKING:
+    from fedpeat.config.schema import Config
+
+__all__ = ["main"]
+
+RUN_FAILED = 1
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 if it worked, 2 for an input to change, 1 for a failed run."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _quiet_libraries()
+    try:
+        args.command(args, rest)
+    except FedPEATError as error:
+        _fail(error, f"error: {error}", error.exit_code, debug=args.debug)
+    except KeyboardInterrupt as error:
+        hint = "; go on with --resume" if hasattr(args, "resume") else ""
+        _fail(error, f"interrupted{hint}", INTERRUPTED, debug=args.debug)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(RUN_FAILED)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(error, f"error: {error.strerror or error}{where}", RUN_FAILED, debug=args.debug)
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _fail(
+            error,
+            f"error: {type(error).__name__}: {lines[0]} (--debug shows where)",
+            RUN_FAILED,
+            debug=args.debug,
+        )
+
+
+def _fail(error: BaseException, text: str, exit_code: int, *, debug: bool) -> None:
+    if debug:
+        raise error
+    print(" ".join(text.split()), file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpeat",
+        description="Tune a model you may not share on data you may not see.",
+        epilog="Start with: fedpeat run examples/demo.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"fedpeat {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_compare(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_report(commands)
+    return parser
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+
+
+def _add(
+    commands: Commands,
+    name: str,
+    text: str,
+    function: Callable[..., None],
+    *,
+    overrides: bool = False,
+) -> argparse.ArgumentParser:
+    epilog = (
+        "Any setting can be overridden: --local.local-steps 20 (all of them: fedpeat settings)"
+        if overrides
+        else None
+    )
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=epilog, allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=function, takes_overrides=overrides)
+    return parser
+
+
+def _add_run(commands: Commands) -> None:
+    parser = _add(commands, "run", "tune a model as a config file says", _run, overrides=True)
+    parser.add_argument("config", help="YAML file with settings")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run that the folder holds"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew, whatever the folder holds"
+    )
+    settings = _add(
+        commands, "settings", "list every setting with its default and meaning", _settings
+    )
+    settings.set_defaults(debug=False)
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "compare",
+        "run several methods over seeds at one token budget",
+        _compare,
+        overrides=True,
+    )
+    parser.add_argument(
+        "config", help="YAML file with settings, and the methods and seeds under 'compare'"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="methods to run, instead of the file's"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="seeds to run, instead of the file's"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="run again what is already there")
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = _add(
+        commands, "evaluate", "score a run's adapter, or any exported one, on its data", _evaluate
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--adapter", type=Path, help="adapter folder; the run's own if not given")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="default: test"
+    )
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _add(
+        commands, "export", "write a run's adapter, or the full model with it merged in", _export
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--merged", action="store_true", help="write the full model with the adapter merged in"
+    )
+
+
+def _add_report(commands: Commands) -> None:
+    parser = _add(commands, "report", "write report.html of a run or a comparison", _report)
+    parser.add_argument("run", type=Path, help="run folder")
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedpeat.cli.terminal import Terminal
+
+    config = _config(args, rest, "run")
+    from fedpeat.experiments.run import run
+
+    with Terminal() as terminal:
+        summary = run(config, resume=args.resume, overwrite=args.overwrite, observer=terminal)
+    terminal.summary(summary, Path(config.output_dir) / config.name)
+
+
+def _config(args: argparse.Namespace, rest: list[str], command: str) -> Config:
+    """Return the settings of the file with those of the command line on top."""
+    from fedpeat.cli.overrides import with_overrides
+    from fedpeat.config.loading import load_config
+
+    if rest and not Path(args.config).exists():  # "run --seed 1 a.yaml" makes 1 the file
+        raise ConfigError(f"no such config file: {args.config}; the file comes before the settings")
+    return with_overrides(load_config(args.config), rest, prog=f"fedpeat {command} {args.config}")
+
+
+def _settings(args: argparse.Namespace, rest: list[str]) -> None:
+    del args, rest
+    from fedpeat.cli.overrides import with_overrides
+    from fedpeat.config.schema import Config
+
+    with_overrides(Config(), ["--help"], prog="fedpeat run CONFIG.yaml")
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedpeat.cli.terminal import Terminal
+    from fedpeat.config.loading import load_plan
+
+    config = _config(args, rest, "compare")
+    plan = load_plan(args.config, methods=args.methods, seeds=args.seeds)
+    from fedpeat.experiments.compare import compare
+
+    with Terminal() as terminal:
+        folder, table = compare(config, plan, overwrite=args.overwrite, observer=terminal)
+    terminal.comparison(table, folder)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from fedpeat.experiments.evaluate import evaluate_adapter
+
+    quality = evaluate_adapter(args.run, adapter=args.adapter, split=args.split)
+    for name, value in quality.items():
+        print(f"{name} {value}")
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from fedpeat.experiments.export import export_adapter
+
+    print(export_adapter(args.run, args.out, merged=args.merged))
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from fedpeat.report.comparison import write_comparison
+    from fedpeat.report.page import write_report
+
+    is_comparison = (args.run / "comparison.json").exists()
+    print(write_comparison(args.run) if is_comparison else write_report(args.run))
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries off the screen; fedpeat says what matters."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

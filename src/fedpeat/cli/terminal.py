@@ -1,0 +1,131 @@
+"""What a person sees in the terminal while a run goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["Terminal"]
+
+QUALITIES = {
+    "full_zero_shot": "full model, untouched",
+    "emulator_zero_shot": "emulator, untouched",
+    "emulator_tuned": "emulator + tuned adapter",
+    "plug_in": "full model + tuned adapter",
+    "full_tuned": "full model, tuned itself",
+}
+HEADER = (
+    f"{'round':>9}  {'plug-in ppl':>11}  {'train loss':>10}  {'accepted':>9}  "
+    f"{'down':>9}  {'up':>9}  {'time':>7}"
+)
+
+
+class Terminal:
+    """Shows progress bars and a row per round; an observer of runs, to be used in a ``with``."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("[dim]{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_round = 0
+
+    def __enter__(self) -> Terminal:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def message(self, text: str) -> None:
+        """Print it."""
+        self._console.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
+        self._last_round = 0
+
+    def progress(self, task: str, done: float, total: float, note: str) -> None:
+        """Move the bar of a long step."""
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total, note="")
+        self._bars.update(self._tasks[task], completed=done, total=total, note=note)
+        if done >= total:
+            self._bars.remove_task(self._tasks.pop(task))
+
+    def round(self, line: Mapping[str, Any], num_rounds: int) -> None:
+        """Print a row, and a header before the first."""
+        if self._last_round == 0:
+            self._console.print(f"[bold]{HEADER}[/]")
+        self._last_round = line["server_round"]
+        self._console.print(_round_row(line, num_rounds))
+        self.progress("rounds", line["server_round"], num_rounds, "")
+
+    def summary(self, summary: Mapping[str, Any], folder: Path) -> None:
+        """Print the five qualities and where to look further."""
+        quality = summary["quality"]
+        table = Table(title=f"{quality['metric']} on the test split", title_justify="left")
+        table.add_column("quality")
+        table.add_column("per token", justify="right")
+        table.add_column("bits per byte", justify="right")
+        for name, meaning in QUALITIES.items():
+            style = "bold" if name == "plug_in" else ""
+            table.add_row(
+                meaning,
+                _number(quality[name]),
+                _number(quality["bits_per_byte"][name], 4),
+                style=style,
+            )
+        self._console.print(table)
+        if quality["gap_closed"] is not None:
+            self._console.print(f"gap to full tuning closed: [bold]{quality['gap_closed']:.0%}[/]")
+        self._console.print(f"report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+
+    def comparison(self, table: str, folder: Path) -> None:
+        """Print a comparison."""
+        self._console.print(table, markup=False, soft_wrap=True)
+        self._console.print(f"page: {folder / 'comparison.html'}", markup=False, soft_wrap=True)
+
+
+def _round_row(line: Mapping[str, Any], num_rounds: int) -> str:
+    statuses = Counter(p["status"] for p in line["participants"])
+    others = [
+        f"{count} {status}" for status, count in sorted(statuses.items()) if status != "accepted"
+    ]
+    quality = (line["quality"] or {}).get("plug_in")
+    row = (
+        f"{line['server_round']:>4}/{num_rounds:<4}  {_number(quality):>11}  "
+        f"{_number(line['train_loss'], 3):>10}  "
+        f"{statuses['accepted']:>4}/{len(line['participants']):<4}  "
+        f"{_size(line['bytes_down']):>9}  {_size(line['bytes_up']):>9}  {line['seconds']:>5.1f} s"
+    )
+    return row + (f"  [yellow]{', '.join(others)}[/]" if others else "")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError

@@ -1,0 +1,450 @@
+"""Every setting of a run: typed, frozen, checked where it is made, with a line of help each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from fedpeat.core.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "ComparisonPlan",
+    "Config",
+    "DataConfig",
+    "EmulatorConfig",
+    "EvaluationConfig",
+    "FederatedConfig",
+    "LocalConfig",
+    "Method",
+    "ModelConfig",
+    "ServerConfig",
+]
+
+Method = Literal["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "zero_shot"]
+Placement = Literal["ends", "top", "all"]
+PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
+Partition = Literal["natural", "iid", "dirichlet"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+
+
+def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
+    if not condition:
+        raise ConfigError(f"{name} must be {allowed}, got {got!r}")
+
+
+def _require_choice(name: str, choices: object, got: object) -> None:
+    allowed = get_args(choices)
+    _require(got in allowed, name, "one of " + ", ".join(map(str, allowed)), got)
+
+
+def _require_positive(name: str, got: float) -> None:
+    _require(got > 0 and math.isfinite(got), name, "greater than 0", got)
+
+
+def _require_not_negative(name: str, got: float) -> None:
+    _require(got >= 0 and math.isfinite(got), name, "0 or more", got)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The full model, owned by the server."""
+
+    name: str = "bundled"
+    """Hub name (gpt2, facebook/opt-1.3b, ...), local folder, or "bundled" for the model that ships
+    with fedpeat."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    dtype: DType = "auto"
+    """Type to compute in; auto takes bfloat16 on a GPU and float32 on a CPU."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1, ..."""
+    trust_remote_code: bool = False
+    """Allow a Hub model to run its own Python code."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "model.name", "a Hub name, a folder or 'bundled'", self.name)
+        _require_choice("model.dtype", DType, self.dtype)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Who owns which text."""
+
+    source: str = "stdlib"
+    """"stdlib" (this Python's own source, offline), a local .txt/.jsonl/.json/.csv/.parquet file,
+    folder or glob, or the name of a Hub dataset."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub dataset to tune on."""
+    validation_source: str | None = None
+    """File or Hub split for validation; without it, documents are held out by validation_ratio."""
+    test_source: str | None = None
+    """File or Hub split for the test; without it, documents are held out by test_ratio."""
+    text_field: str = "text"
+    """Field with the text to learn (the answer, for instruction data)."""
+    prompt_field: str | None = None
+    """Field with a prompt, shown to the model but left out of the loss."""
+    context_field: str | None = None
+    """Field with further context, put after the prompt and left out of the loss."""
+    key_field: str | None = None
+    """Field naming the natural owner of a record (speaker, hospital, ...); a file name where there
+    is none."""
+    label_field: str | None = None
+    """Field with the label that a Dirichlet partition skews."""
+    partition: Partition = "natural"
+    """How documents are shared out: natural (by key), iid, or dirichlet (by label with alpha)."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet partition; smaller is more skewed."""
+    num_clients: int | None = None
+    """Number of devices; natural partitions take the owners with the most text, or all of them if
+    not given."""
+    server_ratio: float = 0.1
+    """Share of documents that belong to the server, in [0, 1); the standard library source has its
+    own."""
+    validation_ratio: float = 0.1
+    """Share of documents held out for validation, in [0, 1)."""
+    test_ratio: float = 0.1
+    """Share of documents held out for the test, in [0, 1)."""
+    block_size: int = 128
+    """Tokens in a training block."""
+    max_tokens_per_client: int | None = None
+    """Cap on each device's tokens."""
+    max_eval_blocks: int = 256
+    """Most blocks of the validation and of the test split that are scored."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source", "stdlib, a path or a dataset name", self.source)
+        _require_choice("data.partition", Partition, self.partition)
+        _require_positive("data.alpha", self.alpha)
+        _require(
+            self.num_clients is None or self.num_clients > 0,
+            "data.num_clients",
+            "at least 1",
+            self.num_clients,
+        )
+        for name in ("server_ratio", "validation_ratio", "test_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"data.{name}", "in [0, 1)", value)
+        held_out = self.server_ratio + self.validation_ratio + self.test_ratio
+        _require(
+            held_out < 1, "data.server_ratio + validation_ratio + test_ratio", "below 1", held_out
+        )
+        _require(self.block_size >= 2, "data.block_size", "at least 2", self.block_size)
+        cap = self.max_tokens_per_client
+        _require(
+            cap is None or cap >= self.block_size,
+            "data.max_tokens_per_client",
+            "at least one block",
+            cap,
+        )
+        _require(
+            self.max_eval_blocks >= 1, "data.max_eval_blocks", "at least 1", self.max_eval_blocks
+        )
+
+
+@dataclass(frozen=True)
+class EmulatorConfig:
+    """The compact stand-in for the frozen part of the model."""
+
+    keep_ratio: float = 0.5
+    """Share of the frozen middle blocks kept, in (0, 1]; with placement "all", share of all
+    blocks."""
+    dtype: DType = "auto"
+    """Type in which the emulator is stored and sent; auto takes the type of the model's own
+    file."""
+    distill_tokens: int = 0
+    """Tokens of the server's own text spent on distillation; 0 switches it off."""
+    distill_lm_weight: float = 1.0
+    """Weight of the language-modelling loss in distillation."""
+    distill_hidden_weight: float = 30.0
+    """Weight of the normalised hidden-state error in distillation."""
+    distill_learning_rate: float = 1e-4
+    """Peak learning rate of distillation."""
+    distill_batch_size: int = 8
+    """Blocks in a distillation batch."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.keep_ratio <= 1, "emulator.keep_ratio", "in (0, 1]", self.keep_ratio)
+        _require_choice("emulator.dtype", DType, self.dtype)
+        _require_not_negative("emulator.distill_tokens", self.distill_tokens)
+        _require_not_negative("emulator.distill_lm_weight", self.distill_lm_weight)
+        _require_not_negative("emulator.distill_hidden_weight", self.distill_hidden_weight)
+        weights = self.distill_lm_weight + self.distill_hidden_weight
+        _require(
+            self.distill_tokens == 0 or weights > 0,
+            "emulator.distill_*_weight",
+            "above 0 for one of them",
+            weights,
+        )
+        _require_positive("emulator.distill_learning_rate", self.distill_learning_rate)
+        _require(
+            self.distill_batch_size >= 1,
+            "emulator.distill_batch_size",
+            "at least 1",
+            self.distill_batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The part of the model that is tuned and travels."""
+
+    method: PeftMethod = "lora"
+    """PEFT method: lora, ia3, prompt; none (whole adapter blocks, EAT); full (every weight)."""
+    placement: Placement = "ends"
+    """Blocks that are tuned: ends (first num_bottom, last num_top), top (last num_top), all (every
+    kept block)."""
+    num_bottom: int = 2
+    """Blocks tuned at the bottom, for placement "ends"."""
+    num_top: int = 2
+    """Blocks tuned at the top, for placements "ends" and "top"."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the modules inside a block that LoRA or IA3 adapts; empty: every linear layer
+    (LoRA), the architecture's defaults (IA3)."""
+    r: int = 8
+    """Rank of LoRA."""
+    lora_alpha: int = 16
+    """Scale of LoRA: its update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with
+    rsLoRA)."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of LoRA, in [0, 1)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA)."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (rsLoRA)."""
+    num_virtual_tokens: int = 16
+    """Length of the prompt, for method "prompt"."""
+
+    def __post_init__(self) -> None:
+        _require_choice("adapter.method", PeftMethod, self.method)
+        _require_choice("adapter.placement", Placement, self.placement)
+        _require_not_negative("adapter.num_bottom", self.num_bottom)
+        _require_not_negative("adapter.num_top", self.num_top)
+        if self.placement == "top":
+            _require(
+                self.num_top >= 1, "adapter.num_top", "at least 1 for placement 'top'", self.num_top
+            )
+        if self.placement == "ends":
+            total = self.num_bottom + self.num_top
+            _require(
+                total >= 1, "adapter.num_bottom + num_top", "at least 1 for placement 'ends'", total
+            )
+        _require(self.r >= 1, "adapter.r", "at least 1", self.r)
+        _require_positive("adapter.lora_alpha", self.lora_alpha)
+        _require(0 <= self.lora_dropout < 1, "adapter.lora_dropout", "in [0, 1)", self.lora_dropout)
+        _require(
+            self.num_virtual_tokens >= 1,
+            "adapter.num_virtual_tokens",
+            "at least 1",
+            self.num_virtual_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What a participant does in a round."""
+
+    local_steps: int = 10
+    """Optimiser steps of a device in a round; exact."""
+    local_batch_size: int = 8
+    """Blocks in a batch."""
+    local_learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up, counted over a participant's whole run and not anew in each
+    round."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    proximal_mu: float = 0.0
+    """Weight of FedProx's term mu/2 ||w - w_round||^2; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _require(self.local_steps >= 1, "local.local_steps", "at least 1", self.local_steps)
+        _require(
+            self.local_batch_size >= 1,
+            "local.local_batch_size",
+            "at least 1",
+            self.local_batch_size,
+        )
+        _require_positive("local.local_learning_rate", self.local_learning_rate)
+        _require_not_negative("local.warmup_steps", self.warmup_steps)
+        _require_not_negative("local.weight_decay", self.weight_decay)
+        _require_not_negative("local.max_grad_norm", self.max_grad_norm)
+        _require_not_negative("local.proximal_mu", self.proximal_mu)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server's own part in the tuning."""
+
+    participates: bool = True
+    """Whether the server tunes the adapter on its own data with the full model."""
+    server_steps: int | None = None
+    """Optimiser steps of the server in a round; as many as a device if not given."""
+    weight_ratio: float | None = None
+    """Share of the average that the server's update gets, in [0, 1); by its number of examples if
+    not given."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.server_steps is None or self.server_steps >= 1,
+            "server.server_steps",
+            "at least 1",
+            self.server_steps,
+        )
+        ratio = self.weight_ratio
+        _require(ratio is None or 0 <= ratio < 1, "server.weight_ratio", "in [0, 1)", ratio)
+
+
+@dataclass(frozen=True)
+class FederatedConfig:
+    """The rounds."""
+
+    num_rounds: int = 10
+    """Rounds of the federation."""
+    fraction_train: float = 1.0
+    """Share of the devices drawn in each round, in (0, 1]."""
+    min_clients: int = 1
+    """Fewest accepted updates, the server's included, with which a round counts."""
+    dropout_ratio: float = 0.0
+    """Simulated: share of drawn devices that drop out of a round, in [0, 1)."""
+    round_deadline_seconds: float | None = None
+    """Replies later than this are not waited for; none waits for everyone."""
+    max_update_norm: float | None = None
+    """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
+    max_examples_per_client: int = 10_000_000
+    """Updates that claim more examples than this are rejected."""
+    server_optimizer: ServerOptimizer = "fedavg"
+    """Rule that applies the averaged update: fedavg, fedavgm, fedadam, fedyogi."""
+    server_learning_rate: float = 1.0
+    """Step size of the server optimiser (try 0.01 with fedadam and fedyogi)."""
+    server_momentum: float = 0.9
+    """Momentum of fedavgm, beta_1 of fedadam and fedyogi."""
+    server_beta2: float = 0.99
+    """beta_2 of fedadam and fedyogi."""
+    server_tau: float = 1e-3
+    """Adaptivity tau of fedadam and fedyogi."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative("federated.num_rounds", self.num_rounds)
+        _require(
+            0 < self.fraction_train <= 1,
+            "federated.fraction_train",
+            "in (0, 1]",
+            self.fraction_train,
+        )
+        _require(self.min_clients >= 1, "federated.min_clients", "at least 1", self.min_clients)
+        _require(
+            0 <= self.dropout_ratio < 1, "federated.dropout_ratio", "in [0, 1)", self.dropout_ratio
+        )
+        for name in ("round_deadline_seconds", "max_update_norm"):
+            if getattr(self, name) is not None:
+                _require_positive(f"federated.{name}", getattr(self, name))
+        _require(
+            self.max_examples_per_client >= 1,
+            "federated.max_examples_per_client",
+            "at least 1",
+            self.max_examples_per_client,
+        )
+        _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
+        _require_positive("federated.server_learning_rate", self.server_learning_rate)
+        _require(
+            0 <= self.server_momentum < 1,
+            "federated.server_momentum",
+            "in [0, 1)",
+            self.server_momentum,
+        )
+        _require(
+            0 <= self.server_beta2 < 1, "federated.server_beta2", "in [0, 1)", self.server_beta2
+        )
+        _require_positive("federated.server_tau", self.server_tau)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    every: int = 1
+    """Rounds between evaluations of the plug-in on the validation split; the last round is always
+    evaluated."""
+    batch_size: int = 16
+    """Blocks scored at once."""
+    full_tuned: bool = True
+    """Also tune the full model itself with the same method and budget: the upper bound that
+    gap_closed needs."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "evaluation.every", "at least 1", self.every)
+        _require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of fedpeat."""
+
+    name: str = "run"
+    """Name of the run's folder."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    method: Method = "fedpeat"
+    """What to run: fedpeat, or one of its rivals at the same token budget."""
+    seed: int = 0
+    """Seed of everything random."""
+    num_threads: int | None = None
+    """CPU threads for PyTorch; its own choice if not given."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The full model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Who owns which text."""
+    emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
+    """The stand-in that devices hold."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The part that is tuned and travels."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """A participant's work in a round."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """The server's own part."""
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
+    """The rounds."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured."""
+
+    def __post_init__(self) -> None:
+        bad = set(self.name) & set("/\\\0") or self.name in {"", ".", ".."}
+        _require(not bad, "name", "a plain folder name", self.name)
+        _require_choice("method", Method, self.method)
+        _require_not_negative("seed", self.seed)
+        _require(
+            self.num_threads is None or self.num_threads >= 1,
+            "num_threads",
+            "at least 1",
+            self.num_threads,
+        )
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison runs."""
+
+    methods: tuple[Method, ...] = ("zero_shot", "local", "fedpeat", "fed_peft")
+    """Methods, each at the same token budget."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each method runs once with each."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that a method needs otherwise (a learning rate, say), by method, nested as in a
+    config file."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)
+        for method in self.methods:
+            _require_choice("compare.methods", Method, method)
+        _require(len(self.seeds) > 0, "compare.seeds", "at least one seed", self.seeds)
+        for seed in self.seeds:
+            _require_not_negative("compare.seeds", seed)

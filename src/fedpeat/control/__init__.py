@@ -1,0 +1,1 @@
+"""Controllers: who takes part in a round, with which emulator and how much work."""

@@ -1,0 +1,54 @@
+"""The same plan in every round, for a drawn share of the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpeat.core.records import ClientPlan, RoundObservation, RoundPlan
+from fedpeat.core.seeds import generator
+
+__all__ = ["FixedController"]
+
+
+class FixedController:
+    """Draws a fixed share of the devices, uniformly, and gives each the same rung and work.
+
+    Args:
+        rung: Emulator that every device gets.
+        fraction_train: Share of devices drawn, in (0, 1]; at least one.
+        local_steps: Steps of each device.
+        server_steps: Steps of the server; 0 if it does not take part.
+        seed: Seed of the draws.
+    """
+
+    def __init__(
+        self, *, rung: str, fraction_train: float, local_steps: int, server_steps: int, seed: int
+    ) -> None:
+        self._rung = rung
+        self._fraction_train = fraction_train
+        self._local_steps = local_steps
+        self._server_steps = server_steps
+        self._seed = seed
+
+    def plan(self, observation: RoundObservation) -> RoundPlan:
+        """Return the plan of the coming round; it depends on the round's number alone."""
+        clients = observation.clients
+        cohort_size = min(len(clients), max(1, round(self._fraction_train * len(clients))))
+        rng = generator(self._seed, "cohort", observation.server_round)
+        drawn = (
+            sorted(rng.choice(len(clients), cohort_size, replace=False).tolist()) if clients else []
+        )
+        plans = tuple(
+            ClientPlan(clients[i].client_id, self._rung, self._local_steps) for i in drawn
+        )
+        return RoundPlan(plans, self._server_steps)
+
+    def state(self) -> Mapping[str, Any]:
+        """Return an empty state: draws follow from seed and round."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Accept an empty state."""
+        if state:
+            raise ValueError(f"a fixed controller has no state, got {sorted(state)}")

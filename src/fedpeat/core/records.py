@@ -1,0 +1,158 @@
+"""Records between the parts of a federation, and two protocols for parts that can be swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+__all__ = [
+    "ClientPlan",
+    "ClientState",
+    "Controller",
+    "ParticipantResult",
+    "Reply",
+    "RoundObservation",
+    "RoundPlan",
+    "RoundResult",
+    "Status",
+    "Transport",
+]
+
+Status = Literal["accepted", "rejected", "dropped", "late", "failed"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one task: the bytes of a payload, or the reason why there is none.
+
+    Attributes:
+        node: Who was asked.
+        content: Encoded payload, or None.
+        error: Why there is no payload.
+        lost: Whether the node went away, rather than failed at the task.
+    """
+
+    node: str
+    content: bytes | None = None
+    error: str = ""
+    lost: bool = False
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """How tasks reach participants; the round loop knows nothing else of them.
+
+    Attributes:
+        interval_seconds: How long to wait before asking again after a ``poll`` that brought
+            nothing [s].
+    """
+
+    interval_seconds: float
+
+    def nodes(self) -> list[str]:
+        """Return the ids of the participants that can be reached now."""
+
+    def submit(
+        self, kind: str, tasks: Mapping[str, bytes], deadline_seconds: float | None
+    ) -> dict[str, str]:
+        """Send one task to each node and return at once.
+
+        Args:
+            kind: What is asked, e.g. "train".
+            tasks: Encoded payload for each node.
+            deadline_seconds: Time after which no reply is wanted [s]; None for no limit.
+
+        Returns:
+            The node of each ticket; a ticket names the task in ``poll``.
+        """
+
+    def poll(self, tickets: Mapping[str, str]) -> list[tuple[str, Reply]]:
+        """Return the replies that have come for these tickets since the last call, perhaps none."""
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What the server knows of a device when it plans a round."""
+
+    client_id: str
+    num_examples: int
+    held_rungs: tuple[str, ...] = ()
+    last_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundObservation:
+    """What a controller sees before a round."""
+
+    server_round: int
+    num_rounds: int
+    clients: tuple[ClientState, ...]
+    quality: float | None = None
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """What one device is asked to do in a round."""
+
+    client_id: str
+    rung: str
+    local_steps: int
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Who takes part in a round, with what, and how much the server does."""
+
+    cohort: tuple[ClientPlan, ...]
+    server_steps: int
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """Decides each round; its state is part of the checkpoint."""
+
+    def plan(self, observation: RoundObservation) -> RoundPlan:
+        """Return the plan of the coming round."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Return all that a resumed controller needs, as plain JSON data."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that ``state`` returned."""
+
+
+@dataclass(frozen=True)
+class ParticipantResult:
+    """What one participant did in a round, as it goes into metrics.jsonl."""
+
+    client_id: str
+    role: Literal["device", "server"]
+    status: Status
+    reason: str = ""
+    num_examples: int = 0
+    weight: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    num_tokens: int = 0
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One line of metrics.jsonl."""
+
+    server_round: int
+    quality: Mapping[str, Any] | None = None
+    train_loss: float | None = None
+    update_norm: float = 0.0
+    participants: tuple[ParticipantResult, ...] = ()
+    bytes_down: int = 0
+    bytes_up: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    warnings: tuple[str, ...] = field(default_factory=tuple)

@@ -1,0 +1,83 @@
+"""The wire format: named arrays and a plain JSON record in one safetensors file; never pickle.
+
+Everything that participants exchange is a ``Payload``. Transports carry its bytes without looking
+inside, so the bytes that a run reports are the length of what was sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedpeat.core.errors import WireError
+
+__all__ = ["SCHEMA", "Payload", "decode", "encode"]
+
+SCHEMA = 1
+_RECORD_KEY = "fedpeat"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one message says.
+
+    Attributes:
+        arrays: Named tensors, of any shape; NumPy's own types (no bfloat16).
+        record: Plain data that JSON can hold.
+    """
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode(payload: Payload) -> bytes:
+    """Return the payload as the bytes that travel.
+
+    Raises:
+        WireError: If the record is not plain data or holds NaN or an infinity, or if an array has a
+            type that safetensors does not know.
+    """
+    try:
+        record = json.dumps({"schema": SCHEMA, "record": dict(payload.record)}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WireError(f"a message's record must be plain finite JSON: {error}") from error
+    # np.ascontiguousarray would give an array without axes one
+    arrays = {name: np.asarray(array, order="C") for name, array in payload.arrays.items()}
+    try:
+        return bytes(save(arrays, metadata={_RECORD_KEY: record}))
+    except (SafetensorError, ValueError) as error:
+        raise WireError(f"a message's arrays must be numbers with plain names: {error}") from error
+
+
+def decode(content: bytes) -> Payload:
+    """Return the payload of a message, checked for form but not yet for meaning.
+
+    Raises:
+        WireError: If the bytes are cut short, damaged, of another schema, or not a message at all.
+    """
+    try:
+        arrays = load(content)
+        length = int.from_bytes(content[:8], "little")
+        envelope = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_RECORD_KEY])
+        schema, record = envelope["schema"], envelope["record"]
+        json.dumps(record, allow_nan=False)  # the reader takes NaN, which no honest sender writes
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise WireError(f"not a fedpeat message of {len(content)} bytes: {error!r}") from error
+    if schema != SCHEMA:
+        raise WireError(f"message schema must be {SCHEMA}, got {schema!r}")
+    if not isinstance(record, dict):
+        raise WireError(f"a message's record must be a mapping, got {type(record).__name__}")
+    return Payload(arrays, record)

@@ -1,0 +1,1 @@
+"""Experiments: one kind of run, one file, read top to bottom."""

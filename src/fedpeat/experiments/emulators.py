@@ -1,0 +1,140 @@
+"""Make the emulator of a run: drop blocks, distil if asked, measure, and pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from fedpeat.config.schema import EmulatorConfig
+from fedpeat.core.errors import EmulatorError
+from fedpeat.core.seeds import derive_seed
+from fedpeat.data.federation import FederatedText
+from fedpeat.emulator.layer_drop import kept_blocks
+from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.experiments.observer import Observer
+from fedpeat.model.blocks import Blocks, build_from_blocks, find_blocks
+from fedpeat.model.loading import DTYPES, LoadedModel
+from fedpeat.tuning.distillation import DistillSettings, Pair, distill, measure_fidelity
+
+__all__ = ["make_emulator"]
+
+
+def make_emulator(
+    loaded: LoadedModel,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    config: EmulatorConfig,
+    text: FederatedText,
+    *,
+    seed: int,
+    observer: Observer,
+) -> EmulatorPackage:
+    """Return the emulator of a model.
+
+    Args:
+        loaded: The full model, without an adapter.
+        blocks: Its block list.
+        tuned: Blocks that are kept as they are, since the adapter sits on them; empty if it sits on
+            every kept block.
+        config: What to keep and how to distil.
+        text: The server's text is used to distil, the validation split to measure.
+        seed: Seed of distillation.
+        observer: Is told the progress, and what fidelity the budget bought.
+
+    Raises:
+        EmulatorError: If there is nothing to compress, or no text to distil on.
+    """
+    kept = kept_blocks(blocks.num_blocks, tuned, config.keep_ratio)
+    student = build_from_blocks(loaded.model, blocks, kept)
+    dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    recipe, fidelity = f"layer_drop:{config.keep_ratio:g}", {}
+    if len(kept) < blocks.num_blocks:
+        pair = _pair(loaded.model, student, blocks, kept, tuned)
+        fidelity = {
+            f"{k}_before": v for k, v in measure_fidelity(pair, text.validation, 16).items()
+        }
+        if config.distill_tokens:
+            recipe += f"+distill:{config.distill_tokens}"
+            _distill(pair, student, blocks, kept, tuned, config, text, seed=seed, observer=observer)
+        computed = next(loaded.model.parameters()).dtype
+        for rounded_to in (dtype, computed):  # measure what will be sent
+            torch.nn.Module.to(student, dtype=rounded_to)
+        fidelity |= measure_fidelity(pair, text.validation, 16)
+        observer.message(_fidelity_line(recipe, fidelity))
+    package = pack_emulator(
+        student,
+        recipe=recipe,
+        block_path=blocks.path,
+        source_blocks=kept,
+        num_source_blocks=blocks.num_blocks,
+        dtype=dtype,
+        parent_sha256=loaded.sha256,
+    )
+    return package.with_fidelity(fidelity)
+
+
+def _pair(
+    teacher: transformers.PreTrainedModel,
+    student: transformers.PreTrainedModel,
+    blocks: Blocks,
+    kept: Sequence[int],
+    tuned: Sequence[int],
+) -> Pair:
+    """Pair the two at the last block of the middle: after it, both have the same tuned blocks."""
+    middle = [i for i in range(blocks.num_blocks) if i not in set(tuned)]
+    teacher_last = middle[-1]
+    student_last = max(j for j, i in enumerate(kept) if i <= teacher_last)
+    student_blocks = find_blocks(student)
+    return Pair(
+        teacher, student, blocks.of(teacher)[teacher_last], student_blocks.of(student)[student_last]
+    )
+
+
+def _distill(
+    pair: Pair,
+    student: transformers.PreTrainedModel,
+    blocks: Blocks,
+    kept: Sequence[int],
+    tuned: Sequence[int],
+    config: EmulatorConfig,
+    text: FederatedText,
+    *,
+    seed: int,
+    observer: Observer,
+) -> None:
+    if text.server is None:
+        raise EmulatorError(
+            "emulator.distill_tokens needs text of the server; raise data.server_ratio above 0"
+        )
+    stack = blocks.of(student)
+    trainable = [
+        p for j, i in enumerate(kept) if i not in set(tuned) for p in stack[j].parameters()
+    ]
+    settings = DistillSettings(
+        num_tokens=config.distill_tokens,
+        lm_weight=config.distill_lm_weight,
+        hidden_weight=config.distill_hidden_weight,
+        learning_rate=config.distill_learning_rate,
+        batch_size=config.distill_batch_size,
+    )
+    with torch.random.fork_rng(devices=[]):
+        distill(
+            pair,
+            trainable,
+            text.server,
+            settings,
+            seed=derive_seed(seed, "distill"),
+            progress=lambda done, total, loss: observer.progress(
+                "distil emulator", done, total, f"loss {loss:.3f}"
+            ),
+        )
+
+
+def _fidelity_line(recipe: str, fidelity: dict[str, float]) -> str:
+    return (
+        f"emulator {recipe}: validation perplexity {fidelity['perplexity_before']:.2f} -> "
+        f"{fidelity['perplexity']:.2f}, hidden-state error "
+        f"{fidelity['hidden_error_before']:.3f} -> {fidelity['hidden_error']:.3f}"
+    )

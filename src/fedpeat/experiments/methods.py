@@ -1,0 +1,68 @@
+"""What each method is, as a change of settings: all run in the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fedpeat.config.schema import Config
+from fedpeat.data.federation import FederatedText
+from fedpeat.data.packing import PackedText
+
+__all__ = ["METHODS", "MethodPlan", "pooled"]
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """How a method uses the loop.
+
+    Attributes:
+        settings: What it changes in the settings.
+        pools_data: Whether all text is brought to the server, against the owners' wish.
+    """
+
+    settings: Callable[[Config], Config]
+    pools_data: bool = False
+
+
+def _as_is(config: Config) -> Config:
+    return config
+
+
+def _whole_blocks(config: Config) -> Config:
+    return replace(config, adapter=replace(config.adapter, method="none"))
+
+
+def _full_model(config: Config) -> Config:
+    return replace(config, emulator=replace(config.emulator, keep_ratio=1.0, distill_tokens=0))
+
+
+def _all_weights(config: Config) -> Config:
+    return _full_model(replace(config, adapter=replace(config.adapter, method="full")))
+
+
+def _no_rounds(config: Config) -> Config:
+    return _full_model(replace(config, federated=replace(config.federated, num_rounds=0)))
+
+
+METHODS: dict[str, MethodPlan] = {
+    "fedpeat": MethodPlan(_as_is),
+    "fed_eat": MethodPlan(_whole_blocks),
+    "fed_peft": MethodPlan(_full_model),
+    "fed_ft": MethodPlan(_all_weights),
+    "centralized": MethodPlan(_full_model, pools_data=True),
+    "local": MethodPlan(_as_is),
+    "zero_shot": MethodPlan(_no_rounds),
+}
+
+
+def pooled(text: FederatedText, config: Config) -> tuple[FederatedText, Config]:
+    """Give the server all text, and as many steps as all participants together had in a round."""
+    parts = [*text.clients.values(), *([text.server] if text.server is not None else [])]
+    cohort_size = max(1, round(config.federated.fraction_train * len(text.clients)))
+    steps = cohort_size * config.local.local_steps
+    if config.server.participates and text.server is not None:
+        steps += config.server.server_steps or config.local.local_steps
+    server = replace(config.server, participates=True, server_steps=steps, weight_ratio=None)
+    pool = FederatedText({}, PackedText.concatenate(parts), text.validation, text.test)
+    return pool, replace(config, server=server)

@@ -1,0 +1,129 @@
+"""Where a run stands: its start, its rounds, and its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedpeat.core.errors import CheckpointError
+from fedpeat.core.records import Controller, RoundResult
+from fedpeat.core.run_folder import Checkpoint
+from fedpeat.experiments.bench import Bench
+from fedpeat.experiments.observer import Observer
+from fedpeat.federated.rounds import Federation, FederationState, is_better, peak_rss_bytes
+from fedpeat.tuning.evaluation import Quality, evaluate
+
+__all__ = ["METRIC", "Progress", "begun", "checkpoint_of", "one_round", "resumed"]
+
+METRIC = "perplexity"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all of it goes into the checkpoint."""
+
+    state: FederationState
+    best: Mapping[str, np.ndarray]
+    best_quality: float | None
+    history: tuple[dict[str, Any], ...]
+
+
+def begun(bench: Bench) -> Progress:
+    """Return the start: a fresh adapter, its quality measured, nothing sent yet."""
+    adapter = bench.server.state()
+    quality = evaluate(
+        bench.server.model, bench.text.validation, bench.config.evaluation.batch_size
+    )
+    line = asdict(
+        RoundResult(
+            server_round=0, quality=_quality_record(quality), peak_rss_bytes=peak_rss_bytes()
+        )
+    )
+    return Progress(FederationState(0, adapter), adapter, quality.perplexity, (line,))
+
+
+def one_round(
+    bench: Bench, federation: Federation, progress: Progress, observer: Observer
+) -> Progress:
+    num_rounds, every = bench.config.federated.num_rounds, bench.config.evaluation.every
+    start = time.perf_counter()
+    state, result = federation.run_round(progress.state, progress.best_quality)
+    best, best_quality, record = progress.best, progress.best_quality, None
+    if state.server_round % every == 0 or state.server_round == num_rounds:
+        bench.server.load(state.adapter)
+        quality = evaluate(
+            bench.server.model, bench.text.validation, bench.config.evaluation.batch_size
+        )
+        record = _quality_record(quality)
+        if is_better(METRIC, quality.perplexity, best_quality):
+            best, best_quality = state.adapter, quality.perplexity
+    elapsed = progress.history[-1]["elapsed_seconds"] + time.perf_counter() - start
+    line = asdict(replace(result, quality=record, elapsed_seconds=elapsed))
+    observer.round(line, num_rounds)
+    return Progress(state, best, best_quality, (*progress.history, line))
+
+
+def _quality_record(quality: Quality) -> dict[str, Any]:
+    return {
+        "metric": METRIC,
+        "plug_in": quality.perplexity,
+        "plug_in_bits_per_byte": quality.bits_per_byte,
+        "plug_in_perplexity_per_byte": quality.byte_perplexity,
+    }
+
+
+def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> Checkpoint:
+    parts = {
+        "adapter": progress.state.adapter,
+        "best": progress.best,
+        "moments": progress.state.moments,
+    }
+    return Checkpoint(
+        progress.state.server_round,
+        {
+            f"{part}/{name}": array
+            for part, arrays in parts.items()
+            for name, array in arrays.items()
+        },
+        {
+            "best_quality": progress.best_quality,
+            "last_losses": dict(progress.state.last_losses),
+            "num_barren_rounds": progress.state.num_barren_rounds,
+            "history": list(progress.history),
+            "controller": dict(controller.state()),
+            "held": {c: p.held for c, p in bench.participants.items()},
+            "parent_sha256": bench.loaded.sha256,
+        },
+    )
+
+
+def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller) -> Progress | None:
+    if checkpoint is None:
+        return None
+    saved = checkpoint.state
+    if saved["parent_sha256"] != bench.loaded.sha256:
+        raise CheckpointError(
+            "cannot resume: the model's weights are not those that the run began with"
+        )
+    for client_id, held in saved["held"].items():
+        bench.participants[client_id].restore(held)
+    controller.load_state(saved["controller"])
+
+    def part(prefix: str) -> dict[str, np.ndarray]:
+        return {
+            n.removeprefix(prefix): a for n, a in checkpoint.arrays.items() if n.startswith(prefix)
+        }
+
+    state = FederationState(
+        checkpoint.server_round,
+        part("adapter/"),
+        part("moments/"),
+        saved["last_losses"],
+        saved["num_barren_rounds"],
+    )
+    bench.server.load(state.adapter)
+    return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))

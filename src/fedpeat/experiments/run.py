@@ -1,0 +1,192 @@
+"""Run one federation from its settings to its summary: the main job, read top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpeat.config.loading import config_to_dict, config_to_yaml, load_config
+from fedpeat.config.schema import Config
+from fedpeat.core.errors import CheckpointError, ConfigError
+from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
+from fedpeat.core.seeds import derive_seed
+from fedpeat.data.federation import FederatedText, load_federated_text
+from fedpeat.experiments.bench import make_controller, make_federation, set_up
+from fedpeat.experiments.methods import METHODS
+from fedpeat.experiments.observer import LogFile, Observer, Observers, Silent, TensorBoard
+from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.progress import begun, checkpoint_of, one_round, resumed
+from fedpeat.experiments.results import gap_closed, mean_summary, summarize
+from fedpeat.report.page import write_report
+
+__all__ = ["run"]
+
+
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Run what the settings describe and leave a run folder.
+
+    Args:
+        config: All settings.
+        resume: Go on with the run that the folder holds, if it holds one.
+        overwrite: Start anew, whatever the folder holds.
+        observer: Is told how it goes.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        FedPEATError: One clear line where the settings, the data or the model do not fit, or the
+            disk is full.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    start = time.perf_counter()
+    with _opened(folder, config, resume=resume, overwrite=overwrite):
+        observer = observer or Silent()
+        if config.method == "local":
+            summary = _local_only(config, folder, observer)
+        else:
+            summary, text = _federated(config, folder, observer)
+        if config.evaluation.full_tuned and config.method in {"fedpeat", "fed_eat"}:
+            _add_upper_bound(config, folder, summary, text, observer)
+        summary["cost"]["wall_seconds_with_upper_bound"] = time.perf_counter() - start
+        folder.write_summary(summary)
+        write_report(folder.path)
+    return summary
+
+
+@contextmanager
+def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    folder.create()
+    try:
+        if folder.has_run() and overwrite:
+            folder.clear()
+        if folder.has_run() and not resume:
+            raise ConfigError(
+                f"{folder.path} already holds a run; --resume goes on, --overwrite starts anew"
+            )
+        if folder.has_run():
+            _check_same_run(folder, config)
+        write_atomically(folder.path / "config.yaml", config_to_yaml(config))
+        yield
+    finally:
+        folder.close()
+
+
+def _check_same_run(folder: RunFolder, config: Config) -> None:
+    """Refuse to resume with other settings; other rounds, threads and places are allowed."""
+    free = {"name", "output_dir", "num_threads", "federated.num_rounds"}
+    old = _flat(config_to_dict(load_config(folder.path / "config.yaml")))
+    new = _flat(config_to_dict(config))
+    changed = [f"{k} ({old[k]} -> {new[k]})" for k in new if old[k] != new[k] and k not in free]
+    if changed:
+        raise CheckpointError(
+            f"cannot resume {folder.path} with other settings: {', '.join(changed)}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
+
+
+def _federated(
+    config: Config, folder: RunFolder, observer: Observer, text: FederatedText | None = None
+) -> tuple[dict[str, Any], FederatedText]:
+    """Run rounds from the last checkpoint to the end, then score the best adapter.
+
+    Returns:
+        The summary, and the text that was read, for a further run on the same.
+    """
+    plan = METHODS[config.method]
+    config = plan.settings(config)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        log = LogFile(folder.path / "log.txt")
+        stack.callback(log.close)
+        observer = Observers([observer, log])
+        checkpoint = folder.latest_checkpoint(observer.message)
+        bench = set_up(config, folder, observer, text, pools_data=plan.pools_data)
+        config = bench.config
+        board = TensorBoard(
+            folder.path / "tensorboard", checkpoint.server_round if checkpoint else 0
+        )
+        stack.callback(board.close)
+        observer = Observers([observer, board])
+        controller = make_controller(bench)
+        federation = make_federation(bench, controller)
+        progress = resumed(bench, checkpoint, controller) or begun(bench)
+        setup_seconds = time.perf_counter() - start
+        while progress.state.server_round < config.federated.num_rounds:
+            progress = one_round(bench, federation, progress, observer)
+            folder.save_checkpoint(checkpoint_of(bench, progress, controller))
+            folder.write_metrics(progress.history)
+        folder.write_metrics(progress.history)
+        bench.server.load(progress.best)
+        with storage_errors(folder.path / "adapter"):
+            bench.server.save(folder.path / "adapter", bench.loaded.location)
+        return summarize(bench, progress, setup_seconds), bench.text
+
+
+def _add_upper_bound(
+    config: Config,
+    folder: RunFolder,
+    summary: dict[str, Any],
+    text: FederatedText,
+    observer: Observer,
+) -> None:
+    """Tune the full model itself with the same method and budget, in a folder of its own."""
+    observer.message("upper bound: the same tuning on the full model itself")
+    reference = replace(
+        config, method="fed_peft", evaluation=replace(config.evaluation, full_tuned=False)
+    )
+    inner = RunFolder(folder.path / "full_tuned")
+    with _opened(inner, reference, resume=True, overwrite=False):
+        bound, _ = _federated(reference, inner, observer, text)
+        inner.write_summary(bound)
+    quality, reached = summary["quality"], bound["quality"]
+    quality["full_tuned"] = reached["plug_in"]
+    for unit in ("bits_per_byte", "perplexity_per_byte"):
+        quality[unit]["full_tuned"] = reached[unit]["plug_in"]
+    quality["gap_closed"] = gap_closed(
+        quality["full_zero_shot"], quality["plug_in"], quality["full_tuned"]
+    )
+
+
+def _local_only(config: Config, folder: RunFolder, observer: Observer) -> dict[str, Any]:
+    """Let each device tune alone; report the geometric mean of quality and the sum of costs."""
+    loaded = load_full_model(config)
+    text = load_federated_text(config.data, loaded.tokenizer, config.seed)
+    alone = replace(config, server=replace(config.server, participates=False))
+    summaries = []
+    for client_id, data in text.clients.items():
+        observer.message(f"{client_id} alone")
+        inner = RunFolder(folder.path / "clients" / _safe_name(client_id))
+        own = FederatedText({client_id: data}, text.server, text.validation, text.test)
+        with _opened(inner, alone, resume=True, overwrite=False):
+            summary, _ = _federated(alone, inner, observer, own)
+            inner.write_summary(summary)
+        summaries.append(summary)
+    return mean_summary(summaries)
+
+
+def _safe_name(client_id: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "-_" else "_" for c in client_id)[:60]
+    return f"{kept}-{derive_seed(0, client_id) % 10**6:06d}"

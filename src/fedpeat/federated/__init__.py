@@ -1,0 +1,1 @@
+"""The federation: rounds, participants, transports, screening and aggregation."""

@@ -1,0 +1,122 @@
+"""From replies to outcomes: who enters the average, with which share, and why others do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from fedpeat.core.errors import WireError
+from fedpeat.core.records import ParticipantResult, Reply, Status
+from fedpeat.core.wire import Payload, decode
+from fedpeat.federated.exchange import Sent
+from fedpeat.federated.screening import Limits, screen, shown
+
+__all__ = ["SERVER_ID", "Outcome", "admit", "judge", "shares", "with_traffic"]
+
+SERVER_ID = "server"
+_MAX_REASON = 300
+_SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one participant's task: its line in the metrics and, if accepted, its update."""
+
+    result: ParticipantResult
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    mean_loss: float = 0.0
+
+    @property
+    def accepted(self) -> bool:
+        return self.result.status == "accepted"
+
+
+def judge(
+    client_id: str,
+    reply: Reply | None,
+    current: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    limits: Limits,
+) -> Outcome:
+    """Return what comes of a device's reply; None is a reply that has not come in time."""
+    if reply is None:
+        return _refused(client_id, "late", "no reply before the deadline")
+    if reply.content is None:
+        return _refused(client_id, "dropped" if reply.lost else "failed", reply.error)
+    try:
+        payload = _with_seconds(decode(reply.content))
+    except WireError as error:
+        return _refused(client_id, "rejected", str(error))
+    return admit(client_id, payload, current, expected, limits)
+
+
+def admit(
+    client_id: str,
+    payload: Payload,
+    current: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    limits: Limits,
+) -> Outcome:
+    """Screen an update and return what comes of it."""
+    try:
+        screen(payload, current, expected, limits)
+    except WireError as error:
+        return _refused(client_id, "rejected", str(error))
+    record = payload.record
+    result = ParticipantResult(
+        client_id=client_id,
+        role=_role(client_id),
+        status="accepted",
+        num_examples=record["num_examples"],
+        first_loss=float(record["first_loss"]),
+        last_loss=float(record["last_loss"]),
+        num_tokens=record["num_tokens"],
+        seconds=float(record["seconds"]),
+    )
+    return Outcome(result, payload.arrays, float(record["mean_loss"]))
+
+
+def with_traffic(outcome: Outcome, sent: Sent) -> Outcome:
+    """Return an outcome with the bytes that its participant cost."""
+    result = replace(outcome.result, bytes_down=sent.bytes_down, bytes_up=sent.bytes_up)
+    return replace(outcome, result=result)
+
+
+def shares(updates: Sequence[Outcome], server_ratio: float | None) -> list[float]:
+    """Return each update's share of the average: by examples, or a fixed one for the server.
+
+    Args:
+        updates: Accepted updates.
+        server_ratio: Share of the server, if devices take part too; None to go by its examples.
+    """
+    is_server = [u.result.role == "server" for u in updates]
+    total = sum(u.result.num_examples for u in updates)
+    by_examples = [u.result.num_examples / total for u in updates]
+    if server_ratio is None or not any(is_server) or all(is_server):
+        return by_examples
+    devices = sum(s for s, own in zip(by_examples, is_server, strict=True) if not own)
+    return [
+        server_ratio if own else s / devices * (1 - server_ratio)
+        for s, own in zip(by_examples, is_server, strict=True)
+    ]
+
+
+def _with_seconds(payload: Payload) -> Payload:
+    """Turn a device's duration, text of fixed width, into a number."""
+    text = payload.record.get("seconds")
+    if not isinstance(text, str) or not _SECONDS.fullmatch(text):
+        raise WireError(f"seconds must be text such as '00012.345678', got {shown(text)}")
+    return Payload(payload.arrays, {**payload.record, "seconds": float(text)})
+
+
+def _refused(client_id: str, status: Status, reason: str) -> Outcome:
+    short = " ".join(reason.split())[:_MAX_REASON] or "no reason given"
+    return Outcome(ParticipantResult(client_id, _role(client_id), status, short))
+
+
+def _role(client_id: str) -> Literal["device", "server"]:
+    return "server" if client_id == SERVER_ID else "device"

@@ -1,0 +1,109 @@
+"""Send tasks over a transport, wait for their replies until the deadline, and count every byte."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fedpeat.core.errors import AggregationError, FedPEATError
+from fedpeat.core.records import Reply, Transport
+
+__all__ = ["Exchange", "Sent"]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What was sent to one node in a round, and what came back."""
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(self.bytes_down + other.bytes_down, self.bytes_up + other.bytes_up)
+
+
+class Exchange:
+    """The messages of one round.
+
+    Args:
+        transport: How nodes are reached.
+        server_round: The round, for error messages.
+        deadline_seconds: Time for the replies to each kind of task [s]; None for no limit.
+
+    Attributes:
+        traffic: Bytes to and from each node so far.
+    """
+
+    def __init__(
+        self, transport: Transport, server_round: int, deadline_seconds: float | None
+    ) -> None:
+        self._transport = transport
+        self._server_round = server_round
+        self._deadline_seconds = deadline_seconds
+        self.traffic: dict[str, Sent] = {}
+
+    def nodes(self) -> list[str]:
+        """Return who can be reached now.
+
+        Raises:
+            AggregationError: If the transport fails.
+        """
+        with self._transport_errors("asking for its nodes"):
+            return self._transport.nodes()
+
+    def collect(
+        self,
+        kind: str,
+        tasks: Mapping[str, bytes],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> dict[str, Reply]:
+        """Send tasks, do something else meanwhile, and return what came in time, by node.
+
+        Raises:
+            AggregationError: If the transport fails.
+        """
+        start = time.monotonic()
+        with self._transport_errors(f"sending {kind!r} tasks"):
+            waiting = self._submit(kind, tasks)
+        for node, content in tasks.items():
+            self._count(node, Sent(bytes_down=len(content)))
+        meanwhile()
+        replies: dict[str, Reply] = {}
+        while waiting:
+            with self._transport_errors(f"waiting for {kind!r} replies"):
+                arrived = self._transport.poll(waiting)
+            for ticket, reply in arrived:
+                if ticket in waiting:  # else nobody asked, or it was answered before
+                    node = waiting.pop(ticket)
+                    replies[node] = reply
+                    self._count(node, Sent(bytes_up=len(reply.content or b"")))
+            if self._is_over(start):
+                break
+            if not arrived:
+                time.sleep(self._transport.interval_seconds)
+        return replies
+
+    def _submit(self, kind: str, tasks: Mapping[str, bytes]) -> dict[str, str]:
+        return dict(self._transport.submit(kind, tasks, self._deadline_seconds)) if tasks else {}
+
+    def _is_over(self, start: float) -> bool:
+        limit = self._deadline_seconds
+        return limit is not None and time.monotonic() - start > limit
+
+    def _count(self, node: str, sent: Sent) -> None:
+        self.traffic[node] = self.traffic.get(node, Sent()) + sent
+
+    @contextmanager
+    def _transport_errors(self, doing: str) -> Iterator[None]:
+        """Name the round in whatever a transport raises; the run goes on from its checkpoint."""
+        try:
+            yield
+        except FedPEATError:
+            raise
+        except Exception as error:
+            raise AggregationError(
+                f"round {self._server_round}: the transport failed while {doing}: "
+                f"{type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,331 @@
+"""The round loop, written once, against a transport that may be this process or a fleet.
+
+One round: ask who is there and what they hold, plan, send emulators to those that lack theirs, send
+the adapter, train the server's own part while the devices work, collect until the deadline, screen,
+average, step.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedpeat.core.errors import AggregationError, WireError
+from fedpeat.core.records import (
+    ClientPlan,
+    ClientState,
+    Controller,
+    ParticipantResult,
+    Reply,
+    RoundObservation,
+    RoundPlan,
+    RoundResult,
+    Transport,
+)
+from fedpeat.core.seeds import derive_seed
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares, with_traffic
+from fedpeat.federated.aggregation import ServerOptimizer, update_norm, weighted_average
+from fedpeat.federated.exchange import Exchange
+from fedpeat.federated.participant import train_message
+from fedpeat.federated.screening import Limits, check_num_examples, shown
+from fedpeat.tuning.local import LocalSettings
+
+__all__ = ["SERVER_ID", "Federation", "FederationState", "Rung", "ServerTraining", "peak_rss_bytes"]
+
+MAX_BARREN_ROUNDS = 3
+_MOST_REASONS = 3
+
+ServerTraining = Callable[[Mapping[str, np.ndarray], int, int, int], Payload]
+"""Trains the server's own part: (adapter, num_steps, first_step, seed) -> a reply of its own."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An emulator as the round loop sees it: its hash, and the message that hands it out."""
+
+    sha256: str
+    hold_message: bytes
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """What goes from round to round, and into the checkpoint."""
+
+    server_round: int
+    adapter: Mapping[str, np.ndarray]
+    moments: Mapping[str, np.ndarray] = field(default_factory=dict)
+    last_losses: Mapping[str, float] = field(default_factory=dict)
+    num_barren_rounds: int = 0
+
+
+class Federation:
+    """Everything that stays the same from round to round.
+
+    Args:
+        transport: How devices are reached.
+        controller: Who plans the rounds.
+        rungs: Emulators by name.
+        optimizer: What is done with the average.
+        limits: What an update may be.
+        settings: How participants train.
+        server_training: The server's own part; None if it takes none.
+        server_weight_ratio: Share of the average for the server; None for its number of examples.
+        min_clients: Fewest accepted updates with which a round counts.
+        deadline_seconds: Time for a round's replies [s]; None for no limit.
+        num_rounds: Rounds of the run.
+        seed: Seed of the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        controller: Controller,
+        rungs: Mapping[str, Rung],
+        optimizer: ServerOptimizer,
+        limits: Limits,
+        settings: LocalSettings,
+        server_training: ServerTraining | None,
+        server_weight_ratio: float | None,
+        min_clients: int,
+        deadline_seconds: float | None,
+        num_rounds: int,
+        seed: int,
+    ) -> None:
+        self._transport = transport
+        self._controller = controller
+        self._rungs = rungs
+        self._optimizer = optimizer
+        self._limits = limits
+        self._settings = settings
+        self._server_training = server_training
+        self._server_weight_ratio = server_weight_ratio
+        self._min_clients = min_clients
+        self._deadline_seconds = deadline_seconds
+        self._num_rounds = num_rounds
+        self._seed = seed
+
+    def run_round(
+        self, state: FederationState, quality: float | None
+    ) -> tuple[FederationState, RoundResult]:
+        """Run one round.
+
+        Args:
+            state: Where the run stands.
+            quality: Last known quality of the plug-in, for the controller.
+
+        Raises:
+            AggregationError: If too few updates were accepted for the third time in a row, the
+                transport fails, or the plan names what there is not.
+        """
+        start = time.perf_counter()
+        server_round = state.server_round + 1
+        exchange = Exchange(self._transport, server_round, self._deadline_seconds)
+        clients, warnings = self._ask(state, exchange)
+        observed = RoundObservation(
+            server_round, self._num_rounds, tuple(clients.values()), quality
+        )
+        plan = self._controller.plan(observed)
+        self._check_plan(server_round, plan, clients)
+        outcomes = self._train(state, plan, clients, exchange)
+        updates = [outcome for outcome in outcomes if outcome.accepted]
+        weights: list[float] = []
+        if len(updates) >= self._min_clients:
+            weights = shares(updates, self._server_weight_ratio)
+            new_state = self._aggregate(state, updates, weights)
+        else:
+            shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
+            new_state = self._barren(state, updates, shortage)
+            warnings = [*warnings, f"the adapter stays as it was: {shortage}"]
+        share_of = dict(zip((u.result.client_id for u in updates), weights, strict=False))
+        participants = tuple(
+            replace(o.result, weight=share_of.get(o.result.client_id, 0.0)) for o in outcomes
+        )
+        return new_state, RoundResult(
+            server_round=server_round,
+            train_loss=float(np.mean([u.mean_loss for u in updates])) if updates else None,
+            update_norm=update_norm(new_state.adapter, state.adapter),
+            participants=participants,
+            bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
+            bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
+            num_tokens=sum(r.num_tokens for r in participants),
+            seconds=time.perf_counter() - start,
+            peak_rss_bytes=peak_rss_bytes(),
+            warnings=tuple(warnings),
+        )
+
+    def _ask(
+        self, state: FederationState, exchange: Exchange
+    ) -> tuple[dict[str, ClientState], list[str]]:
+        """Ask every node what it has; one that does not answer properly sits out, with a warning.
+
+        Clients come in the order of their names, so that no draw depends on who answered first.
+        """
+        nodes = sorted(set(exchange.nodes()))
+        replies = exchange.collect("hello", dict.fromkeys(nodes, encode(Payload())))
+        clients, warnings = {}, []
+        for node in nodes:
+            try:
+                clients[node] = self._client_state(node, replies.get(node), state)
+            except WireError as error:
+                warnings.append(f"{shown(node)} sits out: {error}")
+        return clients, warnings
+
+    def _client_state(self, node: str, reply: Reply | None, state: FederationState) -> ClientState:
+        if node == SERVER_ID:
+            raise WireError(f"no device may be called {SERVER_ID!r}")
+        if reply is None or reply.content is None:
+            raise WireError(reply.error if reply is not None else "no answer before the deadline")
+        record = decode(reply.content).record
+        check_num_examples(record.get("num_examples"), self._limits.max_examples)
+        held = record.get("held")
+        if not isinstance(held, list) or not all(isinstance(sha256, str) for sha256 in held):
+            raise WireError(f"held must be a list of hashes, got {shown(held)}")
+        rungs = tuple(name for name, rung in self._rungs.items() if rung.sha256 in held)
+        return ClientState(node, record["num_examples"], rungs, state.last_losses.get(node))
+
+    def _check_plan(
+        self, server_round: int, plan: RoundPlan, clients: Mapping[str, ClientState]
+    ) -> None:
+        """Check that a controller asks for what there is, once from each."""
+        seen: set[str] = set()
+        for client in plan.cohort:
+            name, wrong = client.client_id, ""
+            if name not in clients or name in seen:
+                wrong = "names twice" if name in seen else "names, but nobody knows,"
+            elif client.rung not in self._rungs:
+                wrong = f"wants the rung {client.rung!r}, not one of {sorted(self._rungs)}, for"
+            elif client.local_steps < 1:
+                wrong = f"wants {client.local_steps} local steps, not at least 1, of"
+            if wrong:
+                raise AggregationError(f"round {server_round}: the plan {wrong} client {name!r}")
+            seen.add(name)
+        if plan.server_steps < 0:
+            raise AggregationError(
+                f"round {server_round}: the plan's server_steps must be at least 0, "
+                f"got {plan.server_steps}"
+            )
+
+    def _train(
+        self,
+        state: FederationState,
+        plan: RoundPlan,
+        clients: Mapping[str, ClientState],
+        exchange: Exchange,
+    ) -> list[Outcome]:
+        """Let the cohort train, and the server meanwhile; return what came of each, as planned."""
+        server_round = state.server_round + 1
+        unequipped = self._exchange_emulators(plan, clients, exchange)
+        ready = [client for client in plan.cohort if client.client_id not in unequipped]
+        own: list[Payload] = []
+        replies: dict[str, Reply | None] = {
+            **exchange.collect(
+                "train",
+                {
+                    client.client_id: self._train_task(state, server_round, client)
+                    for client in ready
+                },
+                meanwhile=lambda: own.extend(self._train_server(state, server_round, plan)),
+            ),
+            **unequipped,
+        }
+        outcomes = []
+        for client in plan.cohort:
+            expected = {"server_round": server_round, "emulator": self._rungs[client.rung].sha256}
+            reply = replies.pop(client.client_id, None)  # its bytes are free once it is decoded
+            outcome = judge(client.client_id, reply, state.adapter, expected, self._limits)
+            outcomes.append(with_traffic(outcome, exchange.traffic[client.client_id]))
+        outcomes += [admit(SERVER_ID, payload, state.adapter, {}, self._limits) for payload in own]
+        return outcomes
+
+    def _exchange_emulators(
+        self, plan: RoundPlan, clients: Mapping[str, ClientState], exchange: Exchange
+    ) -> dict[str, Reply | None]:
+        """Send emulators to those of the cohort that lack theirs; return who lacks it still."""
+        lacking = {
+            client.client_id: self._rungs[client.rung].hold_message
+            for client in plan.cohort
+            if client.rung not in clients[client.client_id].held_rungs
+        }
+        replies = exchange.collect("hold", lacking)
+        answers = {client_id: replies.get(client_id) for client_id in lacking}
+        return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
+
+    def _train_task(self, state: FederationState, server_round: int, client: ClientPlan) -> bytes:
+        return train_message(
+            state.adapter,
+            server_round=server_round,
+            emulator=self._rungs[client.rung].sha256,
+            num_steps=client.local_steps,
+            first_step=state.server_round * client.local_steps,
+            settings=self._settings,
+            seed=derive_seed(self._seed, "client", client.client_id),
+        )
+
+    def _train_server(
+        self, state: FederationState, server_round: int, plan: RoundPlan
+    ) -> list[Payload]:
+        if self._server_training is None or plan.server_steps == 0:
+            return []
+        first_step = (server_round - 1) * plan.server_steps
+        seed = derive_seed(self._seed, "client", SERVER_ID)
+        return [self._server_training(state.adapter, plan.server_steps, first_step, seed)]
+
+    def _aggregate(
+        self, state: FederationState, updates: list[Outcome], weights: list[float]
+    ) -> FederationState:
+        average = weighted_average([u.arrays for u in updates], weights)
+        adapter, moments = self._optimizer.step(state.adapter, average, dict(state.moments))
+        return FederationState(
+            state.server_round + 1, adapter, moments, _losses_after(state, updates)
+        )
+
+    def _shortage(
+        self, num_accepted: int, results: list[ParticipantResult], warnings: list[str]
+    ) -> str:
+        reasons = [f"{r.client_id} {r.status}: {r.reason}" for r in results if r.reason] + warnings
+        text = "; ".join(reasons[:_MOST_REASONS]) or "nobody took part"
+        if len(reasons) > _MOST_REASONS:
+            text += f"; and {len(reasons) - _MOST_REASONS} more"
+        return f"{num_accepted} updates accepted, {self._min_clients} wanted; {text}"
+
+    def _barren(
+        self, state: FederationState, updates: list[Outcome], shortage: str
+    ) -> FederationState:
+        """Keep the adapter when too few updates came; give up when that goes on."""
+        server_round, num_barren_rounds = state.server_round + 1, state.num_barren_rounds + 1
+        if num_barren_rounds >= MAX_BARREN_ROUNDS:
+            raise AggregationError(
+                f"round {server_round}, the last of {num_barren_rounds} in a row without enough "
+                f"updates: {shortage}"
+            )
+        return replace(
+            state,
+            server_round=server_round,
+            last_losses=_losses_after(state, updates),
+            num_barren_rounds=num_barren_rounds,
+        )
+
+
+def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:
+    return {**state.last_losses, **{u.result.client_id: u.mean_loss for u in updates}}
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far [byte]."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_better(metric: str, new: float, old: float | None) -> bool:
+    """Say whether a quality is better; one that is not a number never is."""
+    if math.isnan(new):
+        return False
+    return old is None or (new < old if metric == "perplexity" else new > old)

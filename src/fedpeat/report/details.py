@@ -1,0 +1,230 @@
+"""What stands below the first screen: facts, rounds, configuration, versions, glossary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from fedpeat.report.markup import Html, element, join
+from fedpeat.report.overview import cost_of
+from fedpeat.report.quantities import (
+    bytes_text,
+    count_text,
+    number_text,
+    quality_text,
+    ratio_text,
+    seconds_text,
+)
+from fedpeat.report.records import RoundRecord, RunData, Summary
+
+__all__ = [
+    "config_section",
+    "facts_section",
+    "glossary_section",
+    "rounds_section",
+    "versions_section",
+]
+
+_GLOSSARY: Final = (
+    ("Full model", "The model that the server owns and tunes for."),
+    ("Adapter", "The small part that is tuned; it is all that travels up."),
+    (
+        "Emulator",
+        "A compact stand-in for the frozen rest of the model, which devices hold instead of it.",
+    ),
+    ("Plug-in", "The tuned adapter put back into the full model."),
+    ("Zero-shot", "Before any tuning."),
+    (
+        "Participant",
+        "A device, or the server itself, which tunes the same adapter on its own data "
+        "with the full model.",
+    ),
+    (
+        "Round",
+        "Participants tune the adapter on their own data; the server averages what they send back.",
+    ),
+    (
+        "Gap closed",
+        "Share of the distance from full zero-shot to full tuned that plug-in covers "
+        "(in log perplexity, or in accuracy).",
+    ),
+    (
+        "Perplexity",
+        "How many tokens the model hesitates between, on average; lower is better. "
+        "Comparable only between models with the same tokens.",
+    ),
+    (
+        "Bits per byte",
+        "The same, counted per byte of text, so that models with other tokens compare; "
+        "lower is better.",
+    ),
+    ("Update norm", "How far one round moved the adapter (Euclidean distance)."),
+    (
+        "Accepted, rejected",
+        "The update counted, or the server refused it (not finite, too large, malformed).",
+    ),
+    (
+        "Dropped, late, failed",
+        "The participant vanished, answered after the deadline, or reported an error.",
+    ),
+)
+
+
+def facts_section(run: RunData) -> Html:
+    """Return the facts of the emulator, the adapter and the cost, side by side."""
+    groups = [element("h3", "Cost"), _facts(_cost_facts(run))]
+    if run.summary is None:
+        return element("div", element("div", *groups), class_="groups")
+    summary = run.summary
+    return element(
+        "div",
+        element("div", element("h3", "Emulator"), _emulator(summary)),
+        element("div", element("h3", "Adapter"), _adapter(summary)),
+        element("div", *groups),
+        class_="groups",
+    )
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> Html:
+    rows = [element("div", element("dt", name), element("dd", value)) for name, value in pairs]
+    return element("dl", *rows, class_="facts")
+
+
+def _emulator(summary: Summary) -> Html:
+    emulator = summary.emulator
+    if emulator is None:
+        return element("p", "None: this method has no emulator.", class_="empty")
+    return _facts(
+        [
+            ("Recipe", emulator.recipe or "not recorded"),
+            ("Parameters", count_text(emulator.num_parameters)),
+            (
+                "Share of the full model",
+                ratio_text(_share(emulator.num_parameters, summary.num_parameters)),
+            ),
+            ("Size", bytes_text(emulator.num_bytes)),
+        ]
+    )
+
+
+def _adapter(summary: Summary) -> Html:
+    adapter = summary.adapter
+    if adapter is None:
+        return element("p", "None: nothing was tuned.", class_="empty")
+    return _facts(
+        [
+            ("Method", adapter.peft or "not recorded"),
+            ("Parameters", count_text(adapter.num_parameters)),
+            (
+                "Share of the full model",
+                ratio_text(_share(adapter.num_parameters, summary.num_parameters)),
+            ),
+            ("Size", bytes_text(adapter.num_bytes)),
+        ]
+    )
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _cost_facts(run: RunData) -> list[tuple[str, str]]:
+    cost = cost_of(run)
+    pairs = [
+        ("Sent to devices", bytes_text(cost.bytes_down)),
+        ("Sent by devices", bytes_text(cost.bytes_up)),
+        ("Wall time", seconds_text(cost.wall_seconds)),
+        ("Peak memory", bytes_text(cost.peak_rss_bytes)),
+        ("Tokens per second", count_text(cost.tokens_per_second)),
+    ]
+    if cost.simulated_seconds is not None:
+        pairs.append(("Simulated time", seconds_text(cost.simulated_seconds)))
+    if cost.simulated_joules is not None:
+        pairs.append(("Simulated energy", f"{number_text(cost.simulated_joules, 3)} J"))
+    return pairs
+
+
+def rounds_section(run: RunData) -> Html:
+    """Return the collapsible table of all rounds."""
+    if not run.rounds:
+        return element("p", "No round has been recorded.", class_="empty")
+    names = [
+        "Round",
+        f"Plug-in {run.metric}",
+        "Train loss",
+        "Update norm",
+        "Accepted",
+        "Tokens",
+        "Down",
+        "Up",
+        "Time",
+    ]
+    head = [
+        element("th", name, scope="col", class_="n") for name in [*names, "Elapsed", "Peak memory"]
+    ]
+    rows = [_round_row(record, run.metric) for record in run.rounds]
+    table = element("table", element("thead", element("tr", *head)), element("tbody", *rows))
+    return element(
+        "details",
+        element("summary", f"All {len(run.rounds):,} lines, one per round"),
+        element(
+            "div", table, class_="scroll tall", tabindex=0, role="region", aria_label="All rounds"
+        ),
+    )
+
+
+def _round_row(record: RoundRecord, metric: str) -> Html:
+    accepted = sum(item.status == "accepted" for item in record.participants)
+    is_tuning = record.server_round > 0
+    texts = (
+        quality_text(record.plug_in, metric) if record.is_evaluated else "-",
+        number_text(record.train_loss) if is_tuning else "-",
+        number_text(record.update_norm, 3) if is_tuning else "-",
+        f"{accepted} of {len(record.participants)}" if is_tuning else "-",
+        *(
+            count_text(record.num_tokens),
+            bytes_text(record.bytes_down),
+            bytes_text(record.bytes_up),
+        ),
+        *(
+            seconds_text(record.seconds),
+            seconds_text(record.elapsed_seconds),
+            bytes_text(record.peak_rss_bytes),
+        ),
+    )
+    cells = [element("td", text, class_="n") for text in texts]
+    return element("tr", element("th", record.server_round, scope="row", class_="n"), *cells)
+
+
+def config_section(run: RunData) -> Html:
+    """Return the collapsible text of config.yaml."""
+    if not run.config_text or not run.config_text.strip():
+        return element("p", "config.yaml is not recorded.", class_="empty")
+    text = element("pre", run.config_text.strip("\n"), tabindex=0)
+    return element(
+        "details", element("summary", "config.yaml, every setting as it was resolved"), text
+    )
+
+
+def versions_section(run: RunData) -> Html:
+    """Return the versions that made the run."""
+    versions = run.summary.versions if run.summary else {}
+    if not versions:
+        return element("p", "Versions are not recorded.", class_="empty")
+    return element(
+        "dl",
+        *[element("div", element("dt", k), element("dd", v)) for k, v in versions.items()],
+        class_="facts columns",
+    )
+
+
+def glossary_section() -> Html:
+    """Return the words of the report."""
+    return element(
+        "dl",
+        join(
+            element("div", element("dt", word), element("dd", meaning))
+            for word, meaning in _GLOSSARY
+        ),
+        class_="glossary",
+    )

@@ -1,0 +1,181 @@
+"""What a run folder says, as records: a number not measured is None, one that blew up is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = [
+    "METRICS",
+    "QUALITIES",
+    "ROLES",
+    "STATUSES",
+    "AdapterFacts",
+    "Cost",
+    "EmulatorFacts",
+    "Participation",
+    "Quality",
+    "RoundRecord",
+    "RunData",
+    "Summary",
+]
+
+METRICS: Final = ("perplexity", "accuracy")
+QUALITIES: Final = (
+    "full_zero_shot",
+    "emulator_zero_shot",
+    "emulator_tuned",
+    "plug_in",
+    "full_tuned",
+)
+ROLES: Final = ("device", "server")
+STATUSES: Final = ("accepted", "rejected", "dropped", "late", "failed")
+
+
+@dataclass(frozen=True)
+class Participation:
+    """What one participant did in one round."""
+
+    client_id: str
+    role: str
+    """One of ROLES."""
+    status: str
+    """One of STATUSES."""
+    reason: str = ""
+    num_examples: float | None = None
+    weight: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    num_tokens: float | None = None
+    seconds: float | None = None
+    bytes_down: float | None = None
+    bytes_up: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Role and name: a device may bear the name of the server."""
+        return (self.role, self.client_id)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of metrics.jsonl; round 0 is the state before any tuning."""
+
+    server_round: int
+    is_evaluated: bool = False
+    plug_in: float | None = None
+    plug_in_bits_per_byte: float | None = None
+    train_loss: float | None = None
+    update_norm: float | None = None
+    participants: tuple[Participation, ...] = ()
+    bytes_down: float | None = None
+    bytes_up: float | None = None
+    num_tokens: float | None = None
+    seconds: float | None = None
+    elapsed_seconds: float | None = None
+    peak_rss_bytes: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The five qualities of a finished run, each under its name in QUALITIES."""
+
+    metric: str
+    """One of METRICS."""
+    values: Mapping[str, float | None]
+    bits_per_byte: Mapping[str, float | None] = field(default_factory=dict)
+    gap_closed: float | None = None
+
+    @property
+    def plug_in(self) -> float | None:
+        """The full model with the tuned adapter."""
+        return self.values.get("plug_in")
+
+    @property
+    def full_zero_shot(self) -> float | None:
+        """The full model untouched."""
+        return self.values.get("full_zero_shot")
+
+
+@dataclass(frozen=True)
+class EmulatorFacts:
+    """The stand-in that devices held."""
+
+    recipe: str
+    num_parameters: float | None
+    num_bytes: float | None
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """The part that was tuned."""
+
+    peft: str
+    num_parameters: float | None
+    num_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run used."""
+
+    bytes_down: float | None = None
+    bytes_up: float | None = None
+    wall_seconds: float | None = None
+    peak_rss_bytes: float | None = None
+    tokens_per_second: float | None = None
+    simulated_seconds: float | None = None
+    simulated_joules: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json, written when a run ends."""
+
+    method: str
+    model: str
+    quality: Quality
+    num_parameters: float | None = None
+    seed: float | None = None
+    num_rounds: float | None = None
+    num_clients: float | None = None
+    best_round: float | None = None
+    """The round whose adapter, best on the validation split, gave the result."""
+    emulator: EmulatorFacts | None = None
+    adapter: AdapterFacts | None = None
+    cost: Cost = field(default_factory=Cost)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder."""
+
+    name: str
+    metric: str = "perplexity"
+    """One of METRICS."""
+    config_text: str | None = None
+    rounds: tuple[RoundRecord, ...] = ()
+    """By server_round, each once; round 0 first if there is one."""
+    summary: Summary | None = None
+    reference: RunData | None = None
+    """The run of the upper bound, ``full_tuned``, if this run has one."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know about the files, one sentence each."""
+
+    @property
+    def last_round(self) -> int:
+        """The last round recorded, 0 before the first."""
+        return self.rounds[-1].server_round if self.rounds else 0
+
+    @property
+    def tuning_rounds(self) -> tuple[RoundRecord, ...]:
+        """The rounds without round 0."""
+        return tuple(record for record in self.rounds if record.server_round > 0)
+
+    @property
+    def before_tuning(self) -> float | None:
+        """Validation quality at round 0."""
+        return self.rounds[0].plug_in if self.rounds and self.rounds[0].server_round == 0 else None

@@ -1,0 +1,1 @@
+"""A participant's own work: local training, evaluation, and the distillation of an emulator."""

@@ -1,0 +1,51 @@
+"""The loss of a causal language model on packed blocks."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedpeat.data.packing import PackedText
+
+__all__ = ["autocast", "batch_of", "mean_loss", "token_losses"]
+
+Batch = tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]
+
+
+def batch_of(data: PackedText, rows: np.ndarray, device: torch.device) -> Batch:
+    """Return token ids and loss mask of some blocks on a device."""
+    ids = torch.from_numpy(data.input_ids[rows].astype(np.int64)).to(device)
+    return ids, torch.from_numpy(data.loss_mask[rows]).to(device)
+
+
+def token_losses(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq-1"]:
+    """Return the negative log-likelihood of every token but the first of its block [nat].
+
+    A soft prompt lengthens the output at the front; those positions are cut off.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+    flat = cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    )
+    return flat.view(ids.shape[0], -1)
+
+
+def mean_loss(
+    model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    """Return the mean over the tokens that count; 0 where none does."""
+    wanted = mask[:, 1:]
+    return (token_losses(model, ids) * wanted).sum() / wanted.sum().clamp(min=1)
+
+
+def autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Compute in the frozen weights' 16-bit type where they have one, else as is."""
+    dtype = next(
+        (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None
+    )
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()

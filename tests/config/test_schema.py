@@ -1,0 +1,199 @@
+"""Every setting: checked where it is made, explained, frozen."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from fedpeat.config import schema
+from fedpeat.config.loading import config_from_dict, override, setting_types
+from fedpeat.config.schema import ComparisonPlan, Config
+from fedpeat.core.errors import ConfigError
+
+DATACLASSES: list[type[Any]] = [
+    v for v in vars(schema).values() if isinstance(v, type) and dataclasses.is_dataclass(v)
+]
+
+# Of each number: the nearest values that are refused, and the outermost that are allowed.
+RANGES: dict[str, tuple[list[float], list[float | None]]] = {
+    "seed": ([-1], [0]),
+    "num_threads": ([0, -1], [1, None]),
+    "data.alpha": ([0.0, -1.0], [1e-6, 1e6]),
+    "data.num_clients": ([0, -3], [1, None]),
+    "data.server_ratio": ([-0.1, 1.0], [0.0, 0.7]),
+    "data.validation_ratio": ([-0.1, 1.0], [0.0, 0.7]),
+    "data.test_ratio": ([-0.1, 1.0], [0.0, 0.7]),
+    "data.block_size": ([1, 0], [2]),
+    "data.max_tokens_per_client": ([0, 127], [128, None]),
+    "data.max_eval_blocks": ([0], [1]),
+    "emulator.keep_ratio": ([0.0, 1.01, -0.5], [0.01, 1.0]),
+    "emulator.distill_tokens": ([-1], [0]),
+    "emulator.distill_lm_weight": ([-0.1], [0.0]),
+    "emulator.distill_hidden_weight": ([-0.1], [0.0]),
+    "emulator.distill_learning_rate": ([0.0, -1.0], [1e-9]),
+    "emulator.distill_batch_size": ([0], [1]),
+    "adapter.num_bottom": ([-1], [0]),
+    "adapter.num_top": ([-1], [0]),
+    "adapter.r": ([0], [1]),
+    "adapter.lora_alpha": ([0, -1], [1]),
+    "adapter.lora_dropout": ([-0.1, 1.0], [0.0, 0.99]),
+    "adapter.num_virtual_tokens": ([0], [1]),
+    "local.local_steps": ([0, -1], [1]),
+    "local.local_batch_size": ([0], [1]),
+    "local.local_learning_rate": ([0.0, -1e-3], [1e-12]),
+    "local.warmup_steps": ([-1], [0]),
+    "local.weight_decay": ([-0.1], [0.0]),
+    "local.max_grad_norm": ([-1.0], [0.0]),
+    "local.proximal_mu": ([-0.1], [0.0]),
+    "server.server_steps": ([0], [1, None]),
+    "server.weight_ratio": ([-0.1, 1.0], [0.0, 0.99, None]),
+    "federated.num_rounds": ([-1], [0]),
+    "federated.fraction_train": ([0.0, 1.01], [0.01, 1.0]),
+    "federated.min_clients": ([0], [1]),
+    "federated.dropout_ratio": ([-0.1, 1.0], [0.0, 0.99]),
+    "federated.round_deadline_seconds": ([0.0, -1.0], [0.1, None]),
+    "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
+    "federated.max_examples_per_client": ([0], [1]),
+    "federated.server_learning_rate": ([0.0, -1.0], [1e-6]),
+    "federated.server_momentum": ([-0.1, 1.0], [0.0, 0.99]),
+    "federated.server_beta2": ([-0.1, 1.0], [0.0, 0.999]),
+    "federated.server_tau": ([0.0, -1.0], [1e-9]),
+    "evaluation.every": ([0], [1]),
+    "evaluation.batch_size": ([0], [1]),
+}
+REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
+ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]
+
+
+def kinds_of(hint: Any) -> set[Any]:
+    return set(get_args(hint)) or {hint}
+
+
+NUMBERS = [n for n, hint in setting_types().items() if kinds_of(hint) & {int, float}]
+FLOATS = [n for n, hint in setting_types().items() if float in kinds_of(hint)]
+CHOICES = [n for n, hint in setting_types().items() if get_origin(hint) is Literal]
+
+
+def settings(name: str, value: object) -> dict[str, Any]:
+    part, _, field = name.rpartition(".")
+    return {part: {field: value}} if part else {field: value}
+
+
+def value_of(config: Config, name: str) -> Any:
+    for field in name.split("."):
+        config = getattr(config, field)
+    return config
+
+
+def test_the_table_of_ranges_covers_every_number() -> None:
+    assert sorted(RANGES) == sorted(NUMBERS)
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_number_out_of_range_is_refused_with_what_is_allowed_and_what_it_got(
+    name: str, value: float
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(settings(name, value))
+    message = str(caught.value)
+    assert message.startswith(f"{name} must be ")
+    assert message.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(("name", "value"), ALLOWED)
+def test_number_at_the_edge_of_its_range_is_allowed(name: str, value: float | None) -> None:
+    assert value_of(config_from_dict(settings(name, value)), name) == value
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_number_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.* must be"):
+        config_from_dict(settings(name, value))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) -> None:
+    offered = ", ".join(get_args(setting_types()[name]))
+    with pytest.raises(ConfigError, match=f"{name} must be one of {offered}, got 'xyzzy'$"):
+        config_from_dict(settings(name, "xyzzy"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ""}, "name must be a plain folder name, got ''"),
+        ({"name": ".."}, "name must be a plain folder name, got '..'"),
+        ({"name": "a/b"}, "name must be a plain folder name, got 'a/b'"),
+        ({"name": "a\x00b"}, r"name must be a plain folder name, got 'a\x00b'"),
+        ({"model": {"name": ""}}, "model.name must be a Hub name, a folder or 'bundled', got ''"),
+        ({"data": {"source": ""}}, "data.source must be stdlib, a path or a dataset name, got ''"),
+        (
+            {"data": {"server_ratio": 0.4, "validation_ratio": 0.3, "test_ratio": 0.3}},
+            "data.server_ratio + validation_ratio + test_ratio must be below 1, got 1.0",
+        ),
+        (
+            {"data": {"block_size": 64, "max_tokens_per_client": 63}},
+            "data.max_tokens_per_client must be at least one block, got 63",
+        ),
+        (
+            {"emulator": {"distill_tokens": 9, "distill_lm_weight": 0, "distill_hidden_weight": 0}},
+            "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
+        ),
+        (
+            {"adapter": {"num_bottom": 0, "num_top": 0}},
+            "adapter.num_bottom + num_top must be at least 1 for placement 'ends', got 0",
+        ),
+        (
+            {"adapter": {"placement": "top", "num_top": 0}},
+            "adapter.num_top must be at least 1 for placement 'top', got 0",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(changes)
+    assert str(caught.value) == message
+
+
+def test_adapter_on_all_blocks_needs_no_ends() -> None:
+    changes = {"adapter": {"placement": "all", "num_bottom": 0, "num_top": 0}}
+    assert override(Config(), changes).adapter.num_top == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"methods": ()}, "compare.methods must be at least one method, got ()"),
+        ({"seeds": ()}, "compare.seeds must be at least one seed, got ()"),
+        ({"seeds": (0, -1)}, "compare.seeds must be 0 or more, got -1"),
+    ],
+)
+def test_comparison_of_nothing_is_refused(plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ComparisonPlan(**plan)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", DATACLASSES, ids=[kind.__name__ for kind in DATACLASSES])
+def test_settings_are_frozen(kind: Any) -> None:
+    settings = kind()
+    for field in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(settings, field.name, getattr(settings, field.name))
+
+
+def test_every_setting_is_followed_by_a_line_of_help() -> None:
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {c.name for c in classes} == {kind.__name__ for kind in DATACLASSES}
+    for node in classes:
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert is_text, f"{node.name}.{ast.unparse(field.target)} has no line of help"

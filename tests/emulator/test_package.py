@@ -1,0 +1,175 @@
+"""Emulators as files and messages, with nothing of a dropped block in them (invariants 1, 3, 4)."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load
+
+from fedpeat.core.errors import EmulatorError
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.model.blocks import build_from_blocks, find_blocks
+from fedpeat.model.loading import load_model
+from tiny import CONFIGS, random_ids, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def packed(
+    kind: str = "llama", kept: tuple[int, ...] = (0, 2, 5), dtype: torch.dtype = torch.float32
+) -> EmulatorPackage:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    return pack_emulator(
+        build_from_blocks(model, blocks, kept),
+        recipe="layer_drop:0.5",
+        block_path=blocks.path,
+        source_blocks=kept,
+        num_source_blocks=6,
+        dtype=dtype,
+        parent_sha256="0" * 64,
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_emulator_of_every_block_has_the_full_models_logits(kind: str) -> None:
+    ids = random_ids()
+    emulator = packed(kind, kept=tuple(range(6))).build(CPU, torch.float32)
+    assert torch.equal(emulator(input_ids=ids).logits, tiny_model(kind)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_value_of_a_dropped_block_is_in_the_bytes(kind: str) -> None:
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    message = encode(packed(kind).to_payload())
+    for index in range(6):
+        matrices = [p for p in blocks.of(model)[index].parameters() if p.ndim == 2]
+        found = [p.detach().numpy()[0].tobytes() in message for p in matrices]
+        assert all(found) if index in (0, 2, 5) else not any(found), index
+
+
+def test_no_storage_of_a_dropped_block_is_reachable_from_the_built_emulator() -> None:
+    model = tiny_model("gpt2")
+    blocks = find_blocks(model)
+    dropped = {
+        p.untyped_storage().data_ptr() for i in (1, 3, 4) for p in blocks.of(model)[i].parameters()
+    }
+    small = build_from_blocks(model, blocks, (0, 2, 5))
+    seen: set[int] = set()
+    todo: list[object] = [small]
+    storages = set()
+    while todo:
+        item = todo.pop()
+        if (
+            id(item) in seen
+            or isinstance(item, type)
+            or (type(item).__module__ == "builtins" and callable(item))
+        ):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages.add(item.untyped_storage().data_ptr())
+        if isinstance(item, torch.nn.Module | dict | list | tuple | set | torch.Tensor):
+            todo.extend(gc.get_referents(item))
+    assert len(storages) > 10
+    assert not storages & dropped
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_holder_builds_identical_weights(kind: str) -> None:
+    package = packed(kind)
+    torch.manual_seed(1)
+    first = package.build(CPU, torch.float32)
+    torch.manual_seed(2)
+    second = EmulatorPackage.from_payload(decode(encode(package.to_payload()))).build(
+        CPU, torch.float32
+    )
+    for (name, ours), theirs in zip(
+        first.state_dict().items(), second.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_bytes_and_parameters_in_the_manifest_are_those_of_the_file() -> None:
+    package = packed(dtype=torch.bfloat16)
+    tensors = load(package.weights)
+    assert package.manifest.num_bytes == len(package.weights)
+    assert package.manifest.num_parameters == sum(t.numel() for t in tensors.values())
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+def test_folder_round_trip(tmp_path: Path) -> None:
+    package = packed()
+    package.save(tmp_path / "emulator")
+    assert EmulatorPackage.load(tmp_path / "emulator") == package
+
+
+def test_saved_folder_is_a_transformers_checkpoint(tmp_path: Path) -> None:
+    package, ids = packed(), random_ids()
+    package.save(tmp_path / "emulator")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "emulator")
+    assert torch.equal(
+        reloaded(input_ids=ids).logits, package.build(CPU, torch.float32)(input_ids=ids).logits
+    )
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "manifest.json"])
+def test_damaged_file_is_refused(tmp_path: Path, part: str) -> None:
+    packed().save(tmp_path / "emulator")
+    path = tmp_path / "emulator" / part
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(EmulatorError, match="cannot read emulator|is damaged"):
+        EmulatorPackage.load(tmp_path / "emulator")
+
+
+def test_changed_block_indices_are_refused() -> None:
+    package = packed()
+    with pytest.raises(EmulatorError, match="is damaged: its hash must be"):
+        replace(package, manifest=replace(package.manifest, source_blocks=(0, 3, 5))).verify()
+
+
+def test_message_without_weights_is_refused() -> None:
+    payload = packed().to_payload()
+    with pytest.raises(EmulatorError, match="not an emulator"):
+        EmulatorPackage.from_payload(Payload({}, payload.record))
+
+
+def test_message_with_changed_weights_is_refused() -> None:
+    payload = packed().to_payload()
+    weights = payload.arrays["weights"].copy()
+    weights[-1] ^= 1
+    with pytest.raises(EmulatorError, match="is damaged"):
+        EmulatorPackage.from_payload(Payload({"weights": weights}, payload.record))
+
+
+def test_weights_of_another_configuration_are_refused() -> None:
+    package = packed()
+    config = {**package.config, "num_hidden_layers": 2}
+    with pytest.raises(EmulatorError, match="tensors differ from the configuration's"):
+        replace(package, config=config).build(CPU, torch.float32)
+
+
+def test_configuration_does_not_say_where_the_owner_keeps_the_model(model_dir: Path) -> None:
+    model = load_model(str(model_dir), device="cpu").model
+    blocks = find_blocks(model)
+    small = build_from_blocks(model, blocks, [0, 5])
+    package = pack_emulator(
+        small,
+        recipe="",
+        block_path=blocks.path,
+        source_blocks=[0, 5],
+        num_source_blocks=6,
+        dtype=torch.float32,
+        parent_sha256="",
+    )
+    assert str(model_dir) not in json.dumps(dict(package.config))
+    assert isinstance(package.to_payload().arrays["weights"], np.ndarray)
