@@ -369,9 +369,23 @@ def test_run_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run").create()
 
 
-def test_folder_holds_a_run_from_its_settings_on(folder: RunFolder) -> None:
-    assert not folder.has_run()
+def test_folder_holds_a_run_from_its_first_checkpoint_on(folder: RunFolder) -> None:
     (folder.path / "config.yaml").write_text("")
+    assert not folder.has_run()
+    folder.save_checkpoint(checkpoint(1))
+    assert folder.has_run()
+
+
+def test_folder_with_a_result_holds_a_run(folder: RunFolder) -> None:
+    (folder.path / "summary.json").write_text("{}")
+    assert folder.has_run()
+
+
+def test_checkpoint_of_a_run_inside_counts(folder: RunFolder) -> None:
+    inner = RunFolder(folder.path / "clients" / "site-1")
+    inner.create()
+    inner.save_checkpoint(checkpoint(1))
+    inner.close()
     assert folder.has_run()
 
 

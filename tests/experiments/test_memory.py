@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
@@ -73,8 +74,6 @@ def test_64_devices_cost_no_more_than_their_own(tmp_path: Path) -> None:
 
 def save_model(folder: Path) -> None:
     """Save a LLaMA of some 20 MB, with the smallest of tokenizers."""
-    from tokenizers import Tokenizer, models
-
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=256,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
-from fedpeat.core.errors import ConfigError
+from fedpeat.core.errors import AdapterError, ConfigError
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.export import export_adapter
 from fedpeat.experiments.results import gap_closed
@@ -202,3 +203,27 @@ def test_peft_and_transformers_alone_reproduce_the_plug_in(config: Config, tmp_p
     assert float(result.stdout.split()[-1]) == pytest.approx(
         summary["quality"]["plug_in"], rel=1e-4
     )
+
+
+def test_input_that_is_refused_leaves_no_folder_behind(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError):
+        run(override(config, {"adapter": {"target_modules": ["nothing"]}}))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_emulator_of_a_run_that_never_began_is_not_taken_over(
+    config: Config, tmp_path: Path
+) -> None:
+    run(config)
+    for left in ("checkpoints", "summary.json"):  # as a kill during set-up leaves it
+        path = tmp_path / "tiny" / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    summary = run(override(config, {"emulator": {"keep_ratio": 0.25}}))
+    assert summary["emulator"]["recipe"] == "layer_drop:0.25"
+
+
+def test_overwriting_local_starts_every_device_anew(config: Config) -> None:
+    first = run(override(config, {"method": "local"}))
+    changes = {"method": "local", "federated": {"num_rounds": 1}, "seed": 1}
+    again = run(override(config, changes), overwrite=True)
+    assert again["cost"]["num_tokens"] == first["cost"]["num_tokens"] / 3

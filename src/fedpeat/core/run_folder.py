@@ -170,8 +170,9 @@ class RunFolder:
             self._lock = None
 
     def has_run(self) -> bool:
-        """Say whether an earlier run left anything here."""
-        return (self.path / "config.yaml").exists() or any(self.checkpoints.glob("round-*"))
+        """Say whether an earlier run left anything to go on from, or a result."""
+        finished = (self.path / "summary.json").exists()
+        return finished or any(self.path.glob("**/checkpoints/round-*"))
 
     def clear(self) -> None:
         """Remove all that an earlier run left; files that fedpeat did not write stay."""

@@ -13,7 +13,7 @@ import torch
 
 from fedpeat.config.loading import config_to_dict, config_to_yaml, load_config
 from fedpeat.config.schema import Config
-from fedpeat.core.errors import CheckpointError, ConfigError
+from fedpeat.core.errors import CheckpointError, ConfigError, FedPEATError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
 from fedpeat.data.federation import FederatedText, load_federated_text
@@ -26,6 +26,8 @@ from fedpeat.experiments.results import gap_closed, mean_summary, summarize
 from fedpeat.report.page import write_report
 
 __all__ = ["run"]
+
+INPUT_REFUSED = 2
 
 
 def run(
@@ -70,18 +72,24 @@ def run(
 
 @contextmanager
 def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the folder for a run; input that is refused before the first round leaves none."""
     folder.create()
     try:
-        if folder.has_run() and overwrite:
-            folder.clear()
-        if folder.has_run() and not resume:
+        begun_before = folder.has_run()
+        if begun_before and not (resume or overwrite):
             raise ConfigError(
                 f"{folder.path} already holds a run; --resume goes on, --overwrite starts anew"
             )
-        if folder.has_run():
+        if begun_before and not overwrite:
             _check_same_run(folder, config)
+        else:
+            folder.clear()
         write_atomically(folder.path / "config.yaml", config_to_yaml(config))
         yield
+    except FedPEATError as error:
+        if error.exit_code == INPUT_REFUSED and not folder.has_run():
+            folder.discard()
+        raise
     finally:
         folder.close()
 
