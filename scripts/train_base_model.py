@@ -278,10 +278,9 @@ A small LLaMA-style language model of {log["num_parameters"]:,} parameters in 12
 and tests: pre-trained well enough that there is something to tune and something to protect. It
 writes neither true nor useful text.
 
-It saw {last["tokens"]:,} tokens, {last["tokens"] / log["num_parameters"]:.1f} per parameter, in
-{last["tokens"] / corpus["train_tokens"]:.1f} passes over {sum(corpus["bytes"].values()) / 1e6:.0f}
-MB of text with a byte-level BPE of its own. `scripts/train_base_model.py` trained it;
-`training_log.json` has the settings and the curve.
+It saw {last["tokens"]:,} tokens ({last["tokens"] / log["num_parameters"]:.1f} per parameter,
+{last["tokens"] / corpus["train_tokens"]:.1f} passes over the text), cut by a byte-level BPE of its
+own. `scripts/train_base_model.py` trained it; `training_log.json` has the settings and the curve.
 
 ## Held-out quality
 
@@ -292,9 +291,9 @@ Held out are 2 % of the files, and of 20,000-character pieces of the books.
 
 ## Training text
 
-Public-domain books by Charlotte Bronte, Charles Darwin and W. E. B. Du Bois
-({corpus["bytes"]["books"] / 1e6:.1f} MB), and Python source without tests
-({corpus["bytes"]["python"] / 1e6:.1f} MB) of:
+{corpus["bytes"]["books"] / 1e6:.1f} MB of public-domain books by Charlotte Bronte, Charles Darwin
+and W. E. B. Du Bois, and {corpus["bytes"]["python"] / 1e6:.1f} MB of Python source, without tests,
+of:
 
 {packages}
 Files that repeat lines of the Python standard library were left out, since the demo uses it as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from fedpeat.core.errors import SplitError
@@ -89,14 +90,26 @@ def test_small_model_shares_no_memory_with_the_full_one() -> None:
 def test_settings_per_block_are_cut_with_the_blocks() -> None:
     config = tiny_model("qwen2").config
     config.layer_types = ["full_attention", "sliding_attention"] * 3
-    small = num_blocks_config(config, 6, [0, 1, 4])
-    assert small.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    small = num_blocks_config(config, 6, [0, 2, 5])
+    assert small.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     assert small.num_hidden_layers == 3
 
 
 def test_model_without_blocks_is_refused_with_what_was_found() -> None:
     with pytest.raises(SplitError, match="Sequential has no list of blocks to cut.*found: none"):
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_list_inside_a_block_is_not_taken_for_the_blocks() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = transformers.LlamaConfig(num_hidden_layers=2)
+            block = [nn.Linear(2, 2), nn.Linear(2, 2)]
+            self.blocks = nn.ModuleList(nn.ModuleList(block) for _ in range(3))
+
+    with pytest.raises(SplitError, match=r"wanted a ModuleList of 2, found: blocks \(3\)"):
+        find_blocks(Mixture())
 
 
 @pytest.mark.parametrize("kept", [[], [0, 6], [-1, 2], [3, 1], [2, 2]])
