@@ -26,12 +26,6 @@ Refused = Callable[..., str]
 ConfigFile = Callable[..., Path]
 
 
-def written(run: Path) -> set[str]:
-    """Return what a run folder holds beyond what every run begins with."""
-    beginnings = {".lock", "checkpoints", "config.yaml", "log.txt"}
-    return {p.name for p in run.rglob("*")} - beginnings if run.exists() else set()
-
-
 @pytest.fixture
 def finished(config_file: ConfigFile, tmp_path: Path) -> Path:
     """Return the folder of a finished run."""
@@ -178,7 +172,7 @@ def test_model_that_cannot_be_used(
     make(tmp_path / "model", model_dir)
     line = refused("run", config_file(model={"name": str(tmp_path / "model")}))
     assert message in line
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def corpus(tmp_path: Path, text: str, **owners: int) -> str:
@@ -197,7 +191,7 @@ def test_data_file_that_is_not_there(
 ) -> None:
     line = refused("run", config_file(data={"source": str(tmp_path / "none.jsonl")}))
     assert line == f"no such file: '{tmp_path}/none.jsonl'"
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n', "{", "\x00\x00"])
@@ -207,7 +201,7 @@ def test_data_file_without_text(
     (tmp_path / "corpus.jsonl").write_text(content)
     line = refused("run", config_file(data={"source": str(tmp_path / "corpus.jsonl")}))
     assert "corpus.jsonl" in line
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_partition_with_an_empty_device(
@@ -217,7 +211,7 @@ def test_partition_with_an_empty_device(
     changes = {"source": source, "partition": "dirichlet", "label_field": "owner", "alpha": 1e-6}
     line = refused("run", config_file(data={**changes, "num_clients": 4}))
     assert "left a client without any; raise data.alpha" in line
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_more_devices_than_documents(
@@ -240,7 +234,7 @@ def test_device_with_less_text_than_a_block(
     line = refused("run", config_file(data={"source": source}))
     assert "'small' (" in line
     assert "one block of data.block_size 16" in line
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_block_longer_than_the_model_can_read(
@@ -248,7 +242,7 @@ def test_block_longer_than_the_model_can_read(
 ) -> None:
     line = refused("run", config_file(data={"block_size": 65, "num_clients": 2}))
     assert line == "data.block_size must be at most 64, the model's longest input, got 65"
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_lora_on_a_module_that_the_model_does_not_have(
@@ -257,7 +251,7 @@ def test_lora_on_a_module_that_the_model_does_not_have(
     line = refused("run", config_file(adapter={"target_modules": ["q_projj"]}))
     assert "adapter.target_modules has 'q_projj'" in line
     assert "allowed: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in line
-    assert not {"adapter", "summary.json", "metrics.jsonl"} & written(tmp_path / "runs" / "tiny")
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_more_tuned_blocks_than_the_model_has(
@@ -265,7 +259,7 @@ def test_more_tuned_blocks_than_the_model_has(
 ) -> None:
     line = refused("run", config_file(adapter={"num_bottom": 9}))
     assert line == "adapter.placement 'ends' wants 10 tuned blocks, the model has 6"
-    assert written(tmp_path / "runs" / "tiny") == set()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 # --- what is wrong with the run folder ----------------------------------------------------------
@@ -280,6 +274,23 @@ def test_folder_that_holds_a_run_is_not_overwritten_unasked(
     assert "--resume" in line
     assert "--overwrite" in line
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_folder_of_somebody_else_is_left_alone(
+    refused: Refused, config_file: ConfigFile, tmp_path: Path
+) -> None:
+    mine = tmp_path / "runs" / "tiny" / "checkpoints" / "mine"
+    mine.mkdir(parents=True)
+    assert "checkpoints of no run; choose another name" in refused("run", config_file())
+    assert mine.exists()
+
+
+def test_refused_run_can_be_started_again_once_its_input_is_right(
+    refused: Refused, config_file: ConfigFile, tmp_path: Path
+) -> None:
+    refused("run", config_file(data={"source": str(tmp_path / "none.jsonl")}))
+    main(["run", str(config_file(federated={"num_rounds": 0}))])
+    assert (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
 
 def test_overwrite_starts_anew(finished: Path, config_file: ConfigFile) -> None:

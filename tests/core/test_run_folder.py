@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from disk import full_disk
-from fedpeat.core.errors import CheckpointError, StorageError
+from fedpeat.core.errors import CheckpointError, ConfigError, StorageError
 from fedpeat.core.run_folder import (
     Checkpoint,
     RunFolder,
@@ -401,10 +401,39 @@ def fill(folder: RunFolder) -> None:
 def test_clearing_removes_all_of_a_run_and_nothing_else(folder: RunFolder) -> None:
     fill(folder)
     (folder.path / "notes.txt").write_text("mine")
+    (folder.path / ".emulator.tmp").mkdir()
     folder.clear()
     assert not folder.has_run()
     left = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("*"))
     assert left == [".lock", "checkpoints", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "config.yaml", "log.txt"])
+def test_folder_with_files_of_somebody_else_is_refused_before_one_is_lost(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "project" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"project must be a new folder .* got {name} of no run"):
+        RunFolder(tmp_path / "project").create()
+    assert [path.name for path in (tmp_path / "project").iterdir()] == [name]
+
+
+def test_folder_of_a_run_that_was_copied_without_its_hidden_files_is_still_a_run(
+    folder: RunFolder,
+) -> None:
+    fill(folder)
+    folder.close()
+    (folder.path / ".lock").unlink()
+    folder.create()
+    assert folder.has_run()
+
+
+def test_folder_with_unrelated_files_can_hold_a_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.close()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_discarding_removes_the_folder_too(folder: RunFolder) -> None:

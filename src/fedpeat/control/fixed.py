@@ -36,9 +36,7 @@ class FixedController:
         clients = observation.clients
         cohort_size = min(len(clients), max(1, round(self._fraction_train * len(clients))))
         rng = generator(self._seed, "cohort", observation.server_round)
-        drawn = (
-            sorted(rng.choice(len(clients), cohort_size, replace=False).tolist()) if clients else []
-        )
+        drawn = sorted(rng.choice(len(clients), cohort_size, replace=False).tolist())
         plans = tuple(
             ClientPlan(clients[i].client_id, self._rung, self._local_steps) for i in drawn
         )

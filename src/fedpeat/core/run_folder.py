@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedpeat.core.errors import CheckpointError, StorageError
+from fedpeat.core.errors import CheckpointError, ConfigError, StorageError
 
 __all__ = [
     "Checkpoint",
@@ -152,7 +152,9 @@ class RunFolder:
 
         Raises:
             StorageError: If it cannot be made, or another process is writing into it.
+            ConfigError: If it holds files of somebody else, where a run would put its own.
         """
+        self._require_ours()
         with storage_errors(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -162,6 +164,14 @@ class RunFolder:
             lock.close()
             raise StorageError(f"{self.path} is in use by another process") from error
         self._lock = lock
+
+    def _require_ours(self) -> None:
+        foreign = [name for name in (*_FOLDERS, *_FILES) if (self.path / name).exists()]
+        if foreign and not (self.path / ".lock").exists() and not self.has_run():
+            raise ConfigError(
+                f"{self.path} must be a new folder or hold a run, got {', '.join(foreign)} of no run; "
+                "choose another name"
+            )
 
     def close(self) -> None:
         """Give the lock back."""
@@ -177,8 +187,9 @@ class RunFolder:
     def clear(self) -> None:
         """Remove all that an earlier run left; files that fedpeat did not write stay."""
         with storage_errors(self.path):
-            for folder in _FOLDERS:
-                shutil.rmtree(self.path / folder, ignore_errors=True)
+            for name in _FOLDERS:
+                for folder in (name, f".{name}.tmp", f".{name}.old"):  # a kill leaves the latter
+                    shutil.rmtree(self.path / folder, ignore_errors=True)
             for file in _FILES:
                 (self.path / file).unlink(missing_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
