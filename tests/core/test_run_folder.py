@@ -401,7 +401,6 @@ def fill(folder: RunFolder) -> None:
 def test_clearing_removes_all_of_a_run_and_nothing_else(folder: RunFolder) -> None:
     fill(folder)
     (folder.path / "notes.txt").write_text("mine")
-    (folder.path / ".emulator.tmp").mkdir()
     folder.clear()
     assert not folder.has_run()
     left = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("*"))

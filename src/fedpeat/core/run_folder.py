@@ -169,8 +169,8 @@ class RunFolder:
         foreign = [name for name in (*_FOLDERS, *_FILES) if (self.path / name).exists()]
         if foreign and not (self.path / ".lock").exists() and not self.has_run():
             raise ConfigError(
-                f"{self.path} must be a new folder or hold a run, got {', '.join(foreign)} of no run; "
-                "choose another name"
+                f"{self.path} must be a new folder or hold a run, got {', '.join(foreign)} of no "
+                "run; choose another name"
             )
 
     def close(self) -> None:
@@ -187,9 +187,8 @@ class RunFolder:
     def clear(self) -> None:
         """Remove all that an earlier run left; files that fedpeat did not write stay."""
         with storage_errors(self.path):
-            for name in _FOLDERS:
-                for folder in (name, f".{name}.tmp", f".{name}.old"):  # a kill leaves the latter
-                    shutil.rmtree(self.path / folder, ignore_errors=True)
+            for folder in _FOLDERS:
+                shutil.rmtree(self.path / folder, ignore_errors=True)
             for file in _FILES:
                 (self.path / file).unlink(missing_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
