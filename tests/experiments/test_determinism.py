@@ -115,10 +115,11 @@ def test_the_summary_scores_the_best_rounds_adapter_not_the_last(
     assert summary["quality"]["plug_in"] == pytest.approx(tested, rel=1e-6)
 
 
-def test_where_every_round_makes_it_worse_the_adapter_of_the_start_is_kept(
+def test_where_no_round_makes_it_better_the_adapter_of_the_start_is_kept(
     model_dir: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
-    changes = {"local": {"local_learning_rate": 100.0}, "federated": {"num_rounds": 2}}
+    # steps too small for float32 leave every round exactly as good as the start
+    changes = {"local": {"local_learning_rate": 1e-30}, "federated": {"num_rounds": 2}}
     summary = run(config_of(model_dir, corpus_file, tmp_path, changes))
     assert summary["best_round"] == 0
     quality = summary["quality"]
