@@ -42,11 +42,17 @@ class Silent:
         """Have nothing to close."""
 
 
+class _Handler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say nothing: a disk too full for the log is reported where results are written."""
+        del record
+
+
 class LogFile(Silent):
     """Writes log.txt, a line per event with its time."""
 
     def __init__(self, path: Path) -> None:
-        self._handler = logging.FileHandler(path, encoding="utf-8")
+        self._handler = _Handler(path, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._logger = logging.Logger(
             f"fedpeat.{path}"
