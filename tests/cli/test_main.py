@@ -301,6 +301,14 @@ def test_overwrite_starts_anew(finished: Path, config_file: ConfigFile) -> None:
     assert (finished / "notes.txt").read_text() == "mine"
 
 
+def test_overwriting_with_input_that_is_refused_leaves_the_old_run_as_it_was(
+    refused: Refused, finished: Path, config_file: ConfigFile
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    refused("run", config_file(adapter={"target_modules": ["q_projj"]}), "--overwrite")
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
 def test_run_is_not_resumed_with_other_settings(
     refused: Refused, finished: Path, config_file: ConfigFile
 ) -> None:

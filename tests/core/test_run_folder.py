@@ -435,6 +435,64 @@ def test_folder_with_unrelated_files_can_hold_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+# --- starting anew ------------------------------------------------------------------------------
+
+
+def contents(folder: RunFolder) -> dict[str, bytes]:
+    files = (path for path in folder.path.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder.path)): path.read_bytes() for path in files}
+
+
+def test_run_that_was_set_aside_comes_back_where_the_new_one_does_not_begin(
+    folder: RunFolder,
+) -> None:
+    fill(folder)
+    before = contents(folder)
+    folder.set_aside()
+    assert not folder.has_run()
+    (folder.path / "config.yaml").write_text("of the new run")
+    folder.settle()
+    assert contents(folder) == before
+
+
+def test_run_that_was_set_aside_is_given_up_at_the_new_ones_first_checkpoint(
+    folder: RunFolder,
+) -> None:
+    fill(folder)
+    folder.set_aside()
+    folder.save_checkpoint(checkpoint(7))
+    names = ["seal.json", "state.json", "tensors.safetensors"]
+    assert sorted(contents(folder)) == [f"checkpoints/round-00007/{name}" for name in names]
+
+
+@pytest.mark.parametrize("step", ["set_aside", "settle"])
+@pytest.mark.parametrize("num_renames", range(12))
+def test_a_kill_while_a_run_is_set_aside_or_brought_back_loses_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, step: str, num_renames: int
+) -> None:
+    fill(folder)
+    before = contents(folder)
+    if step == "settle":
+        folder.set_aside()
+        (folder.path / "log.txt").write_text("of the new run")
+    rename, left = Path.rename, num_renames
+
+    def rename_until_killed(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(folder, step)()
+    folder.close()
+    folder.create()
+    assert contents(folder) == before
+
+
 def test_discarding_removes_the_folder_too(folder: RunFolder) -> None:
     fill(folder)
     folder.discard()

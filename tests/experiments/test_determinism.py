@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def test_same_settings_same_bytes_whatever_the_callers_random_state(
         run(config_of(model_dir, corpus_file, tmp_path / str(seed), changes))
         results.append(result_of(tmp_path / str(seed) / "tiny"))
     assert_same(*results)
+    participants = [p for line in results[0]["rounds"] for p in line["participants"]]
+    assert {p["status"] for p in participants} <= {"accepted", "dropped"}
+    assert {p["role"] for p in participants if p["status"] == "accepted"} == {"device", "server"}
 
 
 def test_another_seed_gives_another_result(
@@ -113,6 +117,15 @@ def test_the_summary_scores_the_best_rounds_adapter_not_the_last(
     assert again == pytest.approx(best, rel=1e-6)
     tested = evaluate_adapter(folder, split="test")["perplexity"]
     assert summary["quality"]["plug_in"] == pytest.approx(tested, rel=1e-6)
+
+
+def test_a_resumed_run_still_has_the_adapter_of_its_best_round(
+    worsening: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    config, _ = worsening
+    shutil.copytree(folder_of(config), tmp_path / "tiny")
+    run(override(config, {"output_dir": str(tmp_path)}), resume=True)
+    assert_same(result_of(folder_of(config)), result_of(tmp_path / "tiny"))
 
 
 def test_where_no_round_makes_it_better_the_adapter_of_the_start_is_kept(

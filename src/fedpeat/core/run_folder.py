@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,7 @@ class RunFolder:
             lock.close()
             raise StorageError(f"{self.path} is in use by another process") from error
         self._lock = lock
+        self.settle()
 
     def _require_ours(self) -> None:
         foreign = [name for name in (*_FOLDERS, *_FILES) if (self.path / name).exists()]
@@ -181,8 +182,9 @@ class RunFolder:
 
     def has_run(self) -> bool:
         """Say whether an earlier run left anything to go on from, or a result."""
+        places = ("checkpoints", "full_tuned/checkpoints", "clients/*/checkpoints")
         finished = (self.path / "summary.json").exists()
-        return finished or any(self.path.glob("**/checkpoints/round-*"))
+        return finished or any(any(self.path.glob(f"{place}/round-*")) for place in places)
 
     def clear(self) -> None:
         """Remove all that an earlier run left; files that fedpeat did not write stay."""
@@ -193,8 +195,52 @@ class RunFolder:
                 (self.path / file).unlink(missing_ok=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
+    def set_aside(self) -> None:
+        """Make room for a new run, but keep the old one until the new one has begun."""
+        with storage_errors(self.path):
+            self._moving.mkdir(exist_ok=True)
+            self._move_known(self.path, self._moving)
+            self._moving.rename(self._previous)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def settle(self) -> None:
+        """Give up the run that was set aside where a new one has begun, else bring it back.
+
+        A kill at any point of ``set_aside`` or of this leaves what a later call finishes: the old
+        run is whole under one name, or partly moved under the other with nothing new beside it.
+        """
+        with storage_errors(self.path):
+            if self._previous.exists():
+                if self.has_run():
+                    shutil.rmtree(self._previous)
+                    return
+                self.clear()
+                self._previous.rename(self._moving)
+            if self._moving.exists():
+                with suppress(OSError):
+                    self.checkpoints.rmdir()  # made empty for the run that did not begin
+                self._move_known(self._moving, self.path)
+                shutil.rmtree(self._moving)
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def _previous(self) -> Path:
+        return self.path / ".previous"
+
+    @property
+    def _moving(self) -> Path:
+        return self.path / ".previous.moving"
+
+    def _move_known(self, source: Path, target: Path) -> None:
+        for name in (*_FOLDERS, *_FILES):
+            if (source / name).exists() and not (target / name).exists():
+                (source / name).rename(target / name)
+
     def discard(self) -> None:
         """Remove a run that never began, and the folder itself where nothing else is in it."""
+        if self._previous.exists():
+            self.settle()
+            return
         self.clear()
         with storage_errors(self.path):
             self.checkpoints.rmdir()
@@ -233,6 +279,7 @@ class RunFolder:
             _write_durably(temporary / "tensors.safetensors", tensors)
             _write_durably(temporary / "state.json", state)
             _write_durably(temporary / "seal.json", json.dumps(seal).encode())
+        self.settle()
         for old in self._checkpoint_folders()[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 

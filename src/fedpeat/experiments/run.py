@@ -72,7 +72,7 @@ def run(
 
 @contextmanager
 def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the folder for a run; input that is refused before the first round leaves none."""
+    """Hold the folder for a run; one that ends before its first round leaves what was there."""
     folder.create()
     try:
         begun_before = folder.has_run()
@@ -80,10 +80,12 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
             raise ConfigError(
                 f"{folder.path} already holds a run; --resume goes on, --overwrite starts anew"
             )
-        if begun_before and not overwrite:
-            _check_same_run(folder, config)
-        else:
+        if not begun_before:
             folder.clear()
+        elif overwrite:
+            folder.set_aside()
+        else:
+            _check_same_run(folder, config)
         write_atomically(folder.path / "config.yaml", config_to_yaml(config))
         yield
     except FedPEATError as error:
@@ -91,6 +93,7 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
             folder.discard()
         raise
     finally:
+        folder.settle()
         folder.close()
 
 
