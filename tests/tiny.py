@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fedpeat.data.packing import PackedText
-from fedpeat.model.blocks import frozen
+from fedpeat.model.cut import frozen
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 16
@@ -43,7 +43,7 @@ def tiny_model(kind: str, num_blocks: int = 6, seed: int = 0) -> transformers.Pr
     config = transformers.AutoConfig.for_model(kind, num_hidden_layers=num_blocks, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
         for matrix in [p for p in model.parameters() if p.ndim > 1]:
             torch.nn.init.normal_(matrix, std=0.2)  # so large that every block matters
     return frozen(model, torch.device("cpu"))

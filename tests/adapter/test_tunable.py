@@ -14,7 +14,8 @@ from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach, read_adapter
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, SplitError
-from fedpeat.model.blocks import build_from_blocks, find_blocks
+from fedpeat.model.blocks import find_blocks
+from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import load_model
 from tiny import CONFIGS, random_ids, tiny_model
 
@@ -38,9 +39,7 @@ def on_full(method: str, kind: str = "llama") -> Tunable:
 def on_emulator(method: str, kind: str = "llama", kept: tuple[int, ...] = (0, 2, 5)) -> Tunable:
     model = tiny_model(kind)
     small = build_from_blocks(model, find_blocks(model), kept)
-    return attach(
-        small, find_blocks(small), TUNED, METHODS[method], index_map=dict(enumerate(kept))
-    )
+    return attach(small, find_blocks(model), TUNED, METHODS[method], kept=kept)
 
 
 def changed(tunable: Tunable, seed: int = 1) -> dict[str, np.ndarray]:
@@ -194,9 +193,7 @@ def test_every_block_of_placement_all_gets_its_own_adapter_by_original_index() -
     kept = (0, 2, 5)
     model = tiny_model("llama")
     small = build_from_blocks(model, find_blocks(model), kept)
-    tunable = attach(
-        small, find_blocks(small), kept, METHODS["lora"], index_map=dict(enumerate(kept))
-    )
+    tunable = attach(small, find_blocks(model), kept, METHODS["lora"], kept=kept)
     assert {name.split(".")[2] for name in tunable.state()} == {"0", "2", "5"}
 
 

@@ -23,7 +23,8 @@ from fedpeat.federated.participant import (
     hold_message,
     train_message,
 )
-from fedpeat.model.blocks import build_from_blocks, find_blocks
+from fedpeat.model.blocks import find_blocks
+from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.local import LocalSettings
 from tiny import random_text, tiny_model
 
@@ -38,10 +39,10 @@ def package() -> EmulatorPackage:
     blocks = find_blocks(model)
     return pack_emulator(
         build_from_blocks(model, blocks, KEPT),
+        model,
+        blocks,
+        KEPT,
         recipe="layer_drop:0.25",
-        block_path=blocks.path,
-        source_blocks=KEPT,
-        num_source_blocks=6,
         dtype=FLOAT,
         parent_sha256="0" * 64,
     )

@@ -1,15 +1,14 @@
-"""Finding blocks, cutting and plugging back (invariants 1 and 9)."""
+"""Finding blocks (invariant 9) and naming them."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 import transformers
 from torch import nn
 
 from fedpeat.core.errors import SplitError
-from fedpeat.model.blocks import build_from_blocks, find_blocks, num_blocks_config, reindex
-from tiny import CONFIGS, random_ids, tiny_model
+from fedpeat.model.blocks import BlockList, Blocks, find_blocks
+from tiny import CONFIGS, tiny_model
 
 BLOCK_PATHS = {
     "gpt2": "transformer.h",
@@ -27,72 +26,7 @@ BLOCK_PATHS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_block_list_is_found_in_every_architecture(kind: str) -> None:
     blocks = find_blocks(tiny_model(kind))
-    assert (blocks.path, blocks.num_blocks) == (BLOCK_PATHS[kind], 6)
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_keeping_every_block_gives_the_same_logits_exactly(kind: str) -> None:
-    model, ids = tiny_model(kind), random_ids()
-    rebuilt = build_from_blocks(model, find_blocks(model), range(6))
-    assert torch.equal(rebuilt(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_kept_blocks_are_the_named_ones_in_order(kind: str) -> None:
-    model = tiny_model(kind)
-    blocks = find_blocks(model)
-    small = build_from_blocks(model, blocks, [0, 3, 5])
-    for new, old in enumerate([0, 3, 5]):
-        theirs = dict(blocks.of(model)[old].named_parameters())
-        for name, parameter in blocks.of(small)[new].named_parameters():
-            assert torch.equal(parameter, theirs[name]), name
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_dropping_blocks_equals_skipping_them_in_the_full_model(kind: str) -> None:
-    model, ids = tiny_model(kind), random_ids()
-    blocks = find_blocks(model)
-    small = build_from_blocks(model, blocks, [0, 3, 5])
-    kept = [blocks.of(model)[i] for i in (0, 3, 5)]
-    parent = model.get_submodule(blocks.path.rpartition(".")[0])
-    setattr(parent, blocks.path.rpartition(".")[2], nn.ModuleList(kept))
-    model.config.num_hidden_layers = 3
-    reference = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(
-        small(input_ids=ids, use_cache=False).logits, reference, rtol=0, atol=0
-    )
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_logits_do_not_depend_on_the_cache(kind: str) -> None:
-    model = tiny_model(kind)
-    small, ids = build_from_blocks(model, find_blocks(model), [1, 4]), random_ids()
-    with_cache = small(input_ids=ids, use_cache=True).logits
-    torch.testing.assert_close(
-        small(input_ids=ids, use_cache=False).logits, with_cache, rtol=0, atol=0
-    )
-
-
-def test_building_leaves_the_random_stream_alone() -> None:
-    model = tiny_model("llama")
-    before = torch.get_rng_state()
-    build_from_blocks(model, find_blocks(model), [0, 1])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_small_model_shares_no_memory_with_the_full_one() -> None:
-    model = tiny_model("gpt2")
-    small = build_from_blocks(model, find_blocks(model), [0, 5])
-    ours = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-    assert not ours & {t.untyped_storage().data_ptr() for t in small.state_dict().values()}
-
-
-def test_settings_per_block_are_cut_with_the_blocks() -> None:
-    config = tiny_model("qwen2").config
-    config.layer_types = ["full_attention", "sliding_attention"] * 3
-    small = num_blocks_config(config, 6, [0, 2, 5])
-    assert small.layer_types == ["full_attention", "full_attention", "sliding_attention"]
-    assert small.num_hidden_layers == 3
+    assert blocks == Blocks((BlockList((BLOCK_PATHS[kind],), 6),))
 
 
 def test_model_without_blocks_is_refused_with_what_was_found() -> None:
@@ -100,39 +34,88 @@ def test_model_without_blocks_is_refused_with_what_was_found() -> None:
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
+class Lists(nn.Module):
+    """A network with lists of its own making."""
+
+    def __init__(self, config: transformers.PretrainedConfig | None, **lists: nn.Module) -> None:
+        super().__init__()
+        if config is not None:
+            self.config = config
+        self.embed = nn.Linear(8, 8)
+        for name, module in lists.items():
+            setattr(self, name, module)
+
+
+def linears(number: int, width: int = 2) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(width, width) for _ in range(number))
+
+
 def test_list_inside_a_block_is_not_taken_for_the_blocks() -> None:
-    class Mixture(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = transformers.LlamaConfig(num_hidden_layers=2)
-            block = [nn.Linear(2, 2), nn.Linear(2, 2)]
-            self.blocks = nn.ModuleList(nn.ModuleList(block) for _ in range(3))
-
-    with pytest.raises(SplitError, match=r"wanted a ModuleList of 2, found: blocks \(3\)"):
-        find_blocks(Mixture())
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    mixture = Lists(config, blocks=nn.ModuleList(linears(2, 8) for _ in range(3)))
+    assert find_blocks(mixture) == Blocks((BlockList(("blocks",), 3),))
 
 
-@pytest.mark.parametrize("kept", [[], [0, 6], [-1, 2], [3, 1], [2, 2]])
-def test_indices_that_are_not_blocks_are_refused(kept: list[int]) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(SplitError, match="rising indices below 6"):
-        build_from_blocks(model, find_blocks(model), kept)
+def test_list_that_fits_neither_the_configuration_nor_most_of_the_model_is_refused() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    message = r"no list of blocks to cut: none is as long as .*; found: a \(3\), b \(5\)"
+    with pytest.raises(SplitError, match=message):
+        find_blocks(Lists(config, a=linears(3), b=linears(5)))
 
 
-def test_reindex_moves_names_and_leaves_out_dropped_blocks() -> None:
+def test_list_as_long_as_the_configuration_says_comes_before_a_larger_one() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    found = find_blocks(Lists(config, experts=linears(3, 16), layers=linears(2)))
+    assert found == Blocks((BlockList(("layers",), 2),))
+
+
+def test_plain_network_with_a_sequential_is_cut_there() -> None:
+    body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert find_blocks(Lists(None, body=body)) == Blocks((BlockList(("body",), 2),))
+
+
+def test_lists_side_by_side_make_up_the_blocks_together() -> None:
+    found = find_blocks(Lists(None, attentions=linears(3), ffns=linears(3, 4)))
+    assert found == Blocks((BlockList(("attentions", "ffns"), 3),))
+    assert found.names(1) == ("attentions.1", "ffns.1")
+
+
+def test_stages_of_different_width_are_cut_inside() -> None:
+    stages = nn.ModuleList(linears(2 + i, 2 + i) for i in range(3))
+    found = find_blocks(Lists(None, stages=stages))
+    lists = tuple(BlockList((f"stages.{i}",), 2 + i) for i in range(3))
+    assert found == Blocks(lists)
+    assert found.names(3) == ("stages.1.1",)
+
+
+def test_named_list_is_taken() -> None:
+    network = Lists(None, a=linears(2), b=linears(5, 4))
+    assert find_blocks(network, "a") == Blocks((BlockList(("a",), 2),))
+
+
+@pytest.mark.parametrize("path", ["c", "embed"])
+def test_name_of_no_list_is_refused_with_those_that_there_are(path: str) -> None:
+    network = Lists(None, a=linears(2), b=linears(5, 4))
+    with pytest.raises(SplitError, match=rf"{path} must be a ModuleList .*found: a \(2\), b \(5\)"):
+        find_blocks(network, path)
+
+
+def test_rename_moves_names_and_leaves_out_dropped_blocks() -> None:
     names = [
         "model.layers.4.mlp.weight",
         "model.layers.14.mlp.weight",
         "model.layers.2.mlp.weight",
         "model.norm.weight",
     ]
-    assert reindex(names, "model.layers", {4: 1, 14: 2}) == {
-        "model.layers.4.mlp.weight": "model.layers.1.mlp.weight",
-        "model.layers.14.mlp.weight": "model.layers.2.mlp.weight",
+    full = Blocks((BlockList(("model.layers",), 20),))
+    assert full.rename(names, full.select([4, 14]), {4: 0, 14: 1}) == {
+        "model.layers.4.mlp.weight": "model.layers.0.mlp.weight",
+        "model.layers.14.mlp.weight": "model.layers.1.mlp.weight",
         "model.norm.weight": "model.norm.weight",
     }
 
 
-def test_reindex_does_not_touch_lists_inside_a_block() -> None:
+def test_rename_does_not_touch_lists_inside_a_block() -> None:
     names = ["h.1.experts.3.weight"]
-    assert reindex(names, "h", {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}
+    full = Blocks((BlockList(("h",), 4),))
+    assert full.rename(names, full, {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}

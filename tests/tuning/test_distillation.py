@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.model.blocks import build_from_blocks, find_blocks
+from fedpeat.model.blocks import find_blocks
+from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.distillation import (
     DistillSettings,
     Pair,
@@ -28,7 +29,8 @@ def pair(kept: tuple[int, ...] = (0, 2, 5)) -> Pair:
     blocks = find_blocks(teacher)
     student = build_from_blocks(teacher, blocks, kept)
     last = max(j for j, i in enumerate(kept) if i <= 4)
-    return Pair(teacher, student, blocks.of(teacher)[4], blocks.of(student)[last])
+    own = blocks.select(kept)
+    return Pair(teacher, student, blocks.output(teacher, 4), own.output(student, last))
 
 
 def middle(of: Pair) -> list[nn.Parameter]:

@@ -6,9 +6,15 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import peft
+import torch
 import transformers
 from peft.utils import constants as peft_defaults
+from peft.utils import transformers_weight_conversion as peft_conversion
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat.config.schema import AdapterConfig
@@ -34,7 +40,7 @@ def attach_lora(
         model, blocks, tuned
     )
     settings = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=_task(model),
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -65,7 +71,7 @@ def attach_ia3(
     feedforward = peft_defaults.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
     names = _matching(model, blocks, tuned, wanted)
     settings = peft.IA3Config(
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=_task(model),
         target_modules=names,
         feedforward_modules=[n for n in names if any(n.endswith("." + f) for f in feedforward)],
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
@@ -83,7 +89,7 @@ def attach_prompt(
     """
     del blocks, tuned
     settings = peft.PromptTuningConfig(
-        task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=config.num_virtual_tokens
+        task_type=_task(model), num_virtual_tokens=config.num_virtual_tokens
     )
     return _put_on(model, settings)
 
@@ -94,7 +100,8 @@ def attach_blocks(
     """Tune whole blocks (EAT), kept in float32 so that small steps are not rounded away."""
     del config
     for index in tuned:
-        blocks.of(model)[index].float().requires_grad_(True)
+        for _, part in blocks.parts(model, index):
+            part.float().requires_grad_(True)
     return model
 
 
@@ -116,6 +123,24 @@ METHODS: dict[str, AttachMethod] = {
 }
 
 
+_EXPERTS_LIKE: dict[str, str] = peft_conversion._MODEL_TO_CONVERSION_PATTERN  # type: ignore[attr-defined] # noqa: SLF001
+
+
+def _task(model: nn.Module) -> peft.TaskType | None:
+    """Return PEFT's name for what a network does, where PEFT needs to know."""
+    for task, classes in (
+        (peft.TaskType.CAUSAL_LM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (peft.TaskType.SEQ_2_SEQ_LM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if any(type(model).__name__ in _names(value) for value in classes.values()):
+            return task
+    return None
+
+
+def _names(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
+
+
 def _put_on(model: transformers.PreTrainedModel, settings: peft.PeftConfig) -> nn.Module:
     with (
         warnings.catch_warnings()
@@ -130,17 +155,54 @@ def _modules_in(
     model: nn.Module, blocks: Blocks, tuned: Sequence[int]
 ) -> list[tuple[str, nn.Module]]:
     return [
-        (f"{blocks.prefix(index)}.{name}", module)
+        (f"{part_name}.{name}" if name else part_name, module)
         for index in tuned
-        for name, module in blocks.of(model)[index].named_modules()
-        if name
+        for part_name, part in blocks.parts(model, index)
+        for name, module in part.named_modules()
     ]
 
 
 def _linear_layers(model: nn.Module, blocks: Blocks, tuned: Sequence[int]) -> list[str]:
-    return [
-        name for name, m in _modules_in(model, blocks, tuned) if isinstance(m, nn.Linear | Conv1D)
+    """Return the layers that PEFT can put LoRA onto: linear ones, or convolutions if none is."""
+    refused = _refused_by_peft(model)
+    modules = [
+        (name, module)
+        for name, module in _modules_in(model, blocks, tuned)
+        if name.rpartition(".")[2] not in refused
     ]
+    return [name for name, module in modules if _is_linear(module)] or [
+        name
+        for name, module in modules
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1
+    ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether a layer maps vectors to vectors; routers are subclasses that return more."""
+    if type(module).forward in {nn.Linear.forward, Conv1D.forward}:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    vector = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        try:
+            return isinstance(module(vector), torch.Tensor)
+        except (RuntimeError, TypeError, ValueError):  # it wants something else than a vector
+            return False
+
+
+def _refused_by_peft(model: nn.Module) -> set[str]:
+    """Return names of layers that PEFT 0.21 would not tune where they are.
+
+    Names that mixtures of experts used in transformers 4 it moves to the experts of every block,
+    and two of Mamba's it rejects.
+    """
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    experts = _EXPERTS_LIKE.get(kind, "")
+    moved = peft_conversion._MOE_TARGET_MODULE_MAPPING.get(experts, {})  # noqa: SLF001
+    mamba = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+    return {*moved, *({"out_proj", "conv1d"} if kind in mamba else ())}
 
 
 def _matching(

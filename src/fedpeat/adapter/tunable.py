@@ -25,7 +25,7 @@ from fedpeat.adapter.methods import METHODS
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError
 from fedpeat.core.run_folder import replace_folder
-from fedpeat.model.blocks import Blocks, reindex
+from fedpeat.model.blocks import Blocks
 
 __all__ = ["Tunable", "adapter_facts", "attach", "check_state", "read_adapter"]
 
@@ -113,31 +113,32 @@ def attach(
     tuned: Sequence[int],
     config: AdapterConfig,
     *,
-    index_map: Mapping[int, int] | None = None,
+    kept: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Tunable:
     """Attach a freshly initialised adapter to a network.
 
     Args:
         model: Full model or emulator; it is changed in place.
-        blocks: Its block list.
+        blocks: Blocks of the full model.
         tuned: Indices of the tuned blocks, as in the full model.
         config: The method and its settings.
-        index_map: Full-model index of each block of this network; none if this is the full model.
+        kept: Full-model index of each block of this network; none if this is the full model.
         seed: Seed of the initial adapter; the caller's random stream is left as it was.
 
     Raises:
         AdapterError: If the method cannot be put onto this network.
     """
-    to_full = dict(index_map) if index_map is not None else {i: i for i in range(blocks.num_blocks)}
-    here = sorted(local for local, full in to_full.items() if full in set(tuned))
+    here = blocks if kept is None else blocks.select(kept)
+    to_full = dict(enumerate(range(blocks.num_blocks) if kept is None else kept))
+    own = [index for index, full in to_full.items() if full in set(tuned)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tuned_model = METHODS[config.method](model, blocks, here, config)
+        tuned_model = METHODS[config.method](model, here, own, config)
     trained = {_wire_name(name): p for name, p in tuned_model.named_parameters() if p.requires_grad}
     if not trained:
         raise AdapterError(f"adapter method {config.method!r} leaves nothing to tune")
-    names = reindex(list(trained), blocks.path, to_full)
+    names = here.rename(trained, blocks, to_full)
     tuned_model.eval()
     return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
 

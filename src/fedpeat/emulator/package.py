@@ -17,15 +17,17 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from torch import nn
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.core.run_folder import replace_folder
 from fedpeat.core.wire import Payload
-from fedpeat.model.blocks import frozen
+from fedpeat.model.blocks import BlockList, Blocks
+from fedpeat.model.cut import frozen, skeleton
 
 __all__ = ["EmulatorPackage", "Manifest", "pack_emulator"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Manifest:
 
     Attributes:
         recipe: How it was made, e.g. "layer_drop:0.5+distill:200000".
-        block_path: Dotted name of the block list.
+        architecture: Class of the network in transformers, e.g. "LlamaForCausalLM".
+        blocks: The full model's lists of blocks.
         source_blocks: Index in the full model of each block, in order.
-        num_source_blocks: Blocks of the full model.
         num_parameters: Parameters, tied ones counted once.
         num_bytes: Length of the weights file.
         dtype: Type of the weights.
@@ -46,9 +48,9 @@ class Manifest:
     """
 
     recipe: str
-    block_path: str
+    architecture: str
+    blocks: Blocks
     source_blocks: tuple[int, ...]
-    num_source_blocks: int
     num_parameters: int
     num_bytes: int
     dtype: str
@@ -60,16 +62,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class EmulatorPackage:
-    """The bytes of an emulator with their description."""
+    """The bytes of an emulator with their description.
+
+    Attributes:
+        manifest: What it is.
+        config: Configuration of the full model; blocks are taken out of a network built from it.
+        weights: A safetensors file.
+    """
 
     manifest: Manifest
     config: Mapping[str, Any]
     weights: bytes
-
-    @property
-    def index_map(self) -> dict[int, int]:
-        """Index in the full model of each block index in the emulator."""
-        return dict(enumerate(self.manifest.source_blocks))
 
     def build(self, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
         """Return the network, frozen, in evaluation mode.
@@ -77,15 +80,11 @@ class EmulatorPackage:
         Raises:
             EmulatorError: If weights and configuration do not fit each other.
         """
-        settings = {
-            k: v
-            for k, v in self.config.items()
-            if k not in {"architectures", "transformers_version"}
-        }
+        manifest = self.manifest
         try:
-            config = transformers.AutoConfig.for_model(**settings)
-            with torch.random.fork_rng(devices=[]):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = skeleton(
+                manifest.architecture, self.config, manifest.blocks, manifest.source_blocks, dtype
+            )
             state = safetensors.torch.load(self.weights)
             _load_untied(model, state)
         except EmulatorError:
@@ -125,14 +124,14 @@ class EmulatorPackage:
         Raises:
             EmulatorError: If they are not.
         """
-        m = self.manifest
-        if (got := identity(self.weights, self.config, m.block_path, m.source_blocks)) != m.sha256:
+        wanted, got = self.manifest.sha256, identity(self.weights, self.config, self.manifest)
+        if got != wanted:
             raise EmulatorError(
-                f"emulator is damaged: its hash must be {self.manifest.sha256[:12]}, got {got[:12]}"
+                f"emulator is damaged: its hash must be {wanted[:12]}, got {got[:12]}"
             )
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers can load too, with manifest.json beside the weights."""
+        """Write weights, the full model's configuration and the manifest into a folder."""
         with replace_folder(folder) as temporary:
             (temporary / "model.safetensors").write_bytes(self.weights)
             (temporary / "config.json").write_text(json.dumps(dict(self.config), indent=2))
@@ -160,49 +159,63 @@ class EmulatorPackage:
 
 
 def pack_emulator(
-    model: transformers.PreTrainedModel,
+    emulator: nn.Module,
+    parent: transformers.PreTrainedModel,
+    blocks: Blocks,
+    source_blocks: Sequence[int],
     *,
     recipe: str,
-    block_path: str,
-    source_blocks: Sequence[int],
-    num_source_blocks: int,
     dtype: torch.dtype,
     parent_sha256: str,
 ) -> EmulatorPackage:
-    """Return an emulator's network as the bytes that travel, rounded to ``dtype``."""
+    """Return an emulator's network as the bytes that travel, rounded to ``dtype``.
+
+    Args:
+        emulator: The network.
+        parent: The full model.
+        blocks: The full model's blocks.
+        source_blocks: Index in the full model of each block of the emulator.
+        recipe: How it was made.
+        dtype: Type of the weights.
+        parent_sha256: Fingerprint of the full model's weights.
+    """
     state = {
-        name: t.detach().to("cpu", dtype).contiguous() for name, t in _untied_state(model).items()
+        name: _stored(tensor, dtype).contiguous()
+        for name, tensor in _untied_state(emulator).items()
     }
     weights = bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
-    config = json.loads(model.config.to_json_string(use_diff=False)) | {
-        "dtype": str(dtype).split(".")[-1]
-    }
+    config = json.loads(parent.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where the owner keeps the model is nobody's business
+    config["dtype"] = str(dtype).split(".")[-1]
     manifest = Manifest(
         recipe=recipe,
-        block_path=block_path,
+        architecture=type(parent).__name__,
+        blocks=blocks,
         source_blocks=tuple(source_blocks),
-        num_source_blocks=num_source_blocks,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=sum(p.numel() for p in emulator.parameters()),
         num_bytes=len(weights),
         dtype=str(dtype).split(".")[-1],
         parent_sha256=parent_sha256,
-        sha256=identity(weights, config, block_path, source_blocks),
+        sha256="",
     )
+    manifest = replace(manifest, sha256=identity(weights, config, manifest))
     return EmulatorPackage(manifest, config, weights)
 
 
-def identity(
-    weights: bytes, config: Mapping[str, Any], block_path: str, source_blocks: Sequence[int]
-) -> str:
+def identity(weights: bytes, config: Mapping[str, Any], manifest: Manifest) -> str:
     """Return the hash that names an emulator: of its weights and of how to use them."""
     digest = hashlib.sha256(weights)
-    digest.update(
-        json.dumps([dict(config), block_path, list(source_blocks)], sort_keys=True).encode()
-    )
+    use = [dict(config), manifest.architecture, asdict(manifest.blocks), manifest.source_blocks]
+    digest.update(json.dumps(use, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _untied_state(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as it is stored: only numbers with a point are rounded."""
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the state without second names of one tensor, which safetensors would refuse."""
     seen: set[int] = set()
     state = {}
@@ -213,7 +226,7 @@ def _untied_state(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor
     return state
 
 
-def _load_untied(model: transformers.PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+def _load_untied(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load strictly: every tensor of the model, tied ones once, and none besides."""
     wanted = _untied_state(model)
     if set(wanted) != set(state):
@@ -229,7 +242,8 @@ def _load_untied(model: transformers.PreTrainedModel, state: Mapping[str, torch.
 
 
 def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
-    manifest = Manifest(**{**data, "source_blocks": tuple(data["source_blocks"])})
-    if manifest.schema != SCHEMA:
-        raise EmulatorError(f"emulator schema must be {SCHEMA}, got {manifest.schema!r}")
-    return manifest
+    if (schema := data.get("schema")) != SCHEMA:
+        raise EmulatorError(f"emulator schema must be {SCHEMA}, got {schema!r}")
+    lists = [BlockList(tuple(i["paths"]), int(i["num_blocks"])) for i in data["blocks"]["lists"]]
+    blocks = Blocks(tuple(lists))
+    return Manifest(**{**data, "blocks": blocks, "source_blocks": tuple(data["source_blocks"])})

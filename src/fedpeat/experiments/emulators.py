@@ -14,7 +14,8 @@ from fedpeat.data.federation import FederatedText
 from fedpeat.emulator.layer_drop import kept_blocks
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.experiments.observer import Observer
-from fedpeat.model.blocks import Blocks, build_from_blocks, find_blocks
+from fedpeat.model.blocks import Blocks
+from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import DTYPES, LoadedModel
 from fedpeat.tuning.distillation import DistillSettings, Pair, distill, measure_fidelity
 
@@ -65,10 +66,10 @@ def make_emulator(
         observer.message(_fidelity_line(recipe, fidelity))
     package = pack_emulator(
         student,
+        loaded.model,
+        blocks,
+        kept,
         recipe=recipe,
-        block_path=blocks.path,
-        source_blocks=kept,
-        num_source_blocks=blocks.num_blocks,
         dtype=dtype,
         parent_sha256=loaded.sha256,
     )
@@ -86,9 +87,11 @@ def _pair(
     middle = [i for i in range(blocks.num_blocks) if i not in set(tuned)]
     teacher_last = middle[-1]
     student_last = max(j for j, i in enumerate(kept) if i <= teacher_last)
-    student_blocks = find_blocks(student)
     return Pair(
-        teacher, student, blocks.of(teacher)[teacher_last], student_blocks.of(student)[student_last]
+        teacher,
+        student,
+        blocks.output(teacher, teacher_last),
+        blocks.select(kept).output(student, student_last),
     )
 
 
@@ -108,9 +111,13 @@ def _distill(
         raise EmulatorError(
             "emulator.distill_tokens needs text of the server; raise data.server_ratio above 0"
         )
-    stack = blocks.of(student)
+    own = blocks.select(kept)
     trainable = [
-        p for j, i in enumerate(kept) if i not in set(tuned) for p in stack[j].parameters()
+        p
+        for j, i in enumerate(kept)
+        if i not in set(tuned)
+        for _, part in own.parts(student, j)
+        for p in part.parameters()
     ]
     settings = DistillSettings(
         num_tokens=config.distill_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -44,8 +43,7 @@ def plugged_model(config: Config, state: Mapping[str, np.ndarray]) -> tuple[Load
     adapter = config.adapter
     tuned = tuned_blocks(adapter.placement, blocks.num_blocks, adapter.num_bottom, adapter.num_top)
     if adapter.placement == "all":
-        pattern = re.compile(rf"(?:^|\.){re.escape(blocks.path)}\.(\d+)\.")
-        tuned = sorted({int(m[1]) for name in state if (m := pattern.search(name))}) or tuned
+        tuned = sorted({i for n in state if (i := blocks.locate(n)) is not None}) or tuned
     tunable = attach(loaded.model, blocks, tuned, adapter)
     tunable.load(state)
     return loaded, tunable

@@ -71,7 +71,7 @@ def _emulator_facts(bench: Bench) -> dict[str, Any] | None:
         "num_parameters": manifest.num_parameters,
         "num_bytes": manifest.num_bytes,
         "num_blocks": len(manifest.source_blocks),
-        "num_source_blocks": manifest.num_source_blocks,
+        "num_source_blocks": manifest.blocks.num_blocks,
         "fidelity": dict(manifest.fidelity),
     }
 

@@ -20,7 +20,6 @@ from fedpeat.core.errors import EmulatorError, WireError
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.packing import PackedText
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.model.blocks import find_blocks
 from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["EmulatorShelf", "Participant", "fixed_width", "hold_message", "train_message"]
@@ -98,7 +97,8 @@ class EmulatorShelf:
                 f"hold message has no usable adapter settings: {error!r}"
             ) from error
         model = package.build(self._device, self._dtype)
-        return attach(model, find_blocks(model), tuned, config, index_map=package.index_map)
+        manifest = package.manifest
+        return attach(model, manifest.blocks, tuned, config, kept=manifest.source_blocks)
 
     def get(self, sha256: str) -> Tunable:
         """Return an emulator with its adapter.

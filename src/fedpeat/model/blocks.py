@@ -1,156 +1,305 @@
-"""Find the stack of blocks in a network, and build a smaller network from some of its blocks.
+"""Find the blocks of a network, whatever its architecture.
 
-No architecture is named here: the block list is the outermost ``ModuleList`` that holds the most
-parameters and is as long as the configuration says.
+No architecture is named here. Blocks are the members of the outermost ``ModuleList`` that holds the
+most parameters and, if any does, is as long as the configuration says. Where its members are stages
+of different width (Swin), they are the members of each stage's own list. An encoder-decoder has two
+such lists.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from fedpeat.core.errors import SplitError
 
-__all__ = ["Blocks", "build_from_blocks", "find_blocks", "frozen", "num_blocks_config", "reindex"]
+__all__ = ["BlockList", "Blocks", "find_blocks"]
+
+_LIST = nn.ModuleList | nn.Sequential
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of blocks.
+
+    Attributes:
+        paths: Dotted names, e.g. ("model.layers",). More than one where a network keeps the parts
+            of a block in lists side by side: the i-th block is the i-th member of each.
+        num_blocks: Length of the list.
+    """
+
+    paths: tuple[str, ...]
+    num_blocks: int
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a network keeps its blocks.
+    """Where a network keeps its blocks, numbered through all its lists.
 
     Attributes:
-        path: Dotted name of the block list, e.g. "model.layers".
-        num_blocks: Length of the list.
+        lists: One list, or an encoder's and a decoder's, or one for each stage.
     """
 
-    path: str
-    num_blocks: int
+    lists: tuple[BlockList, ...]
 
-    def prefix(self, index: int) -> str:
-        """Return the dotted name of one block."""
-        return f"{self.path}.{index}"
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all lists together."""
+        return sum(item.num_blocks for item in self.lists)
 
-    def of(self, model: nn.Module) -> nn.ModuleList:
-        """Return the block list of a model."""
-        return model.get_submodule(self.path)  # type: ignore[return-value]
+    @property
+    def paths(self) -> str:
+        """Return the lists' names for people to read."""
+        return ", ".join(path for item in self.lists for path in item.paths)
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """Return the dotted names of the modules that one block consists of, e.g. model.layers.3.
+
+        Raises:
+            SplitError: If there is no such block.
+        """
+        for item, place in zip(self.lists, self._places(index), strict=True):
+            if 0 <= place < item.num_blocks:
+                return tuple(f"{path}.{place}" for path in item.paths)
+        raise SplitError(f"blocks are numbered from 0 to {self.num_blocks - 1}, got {index}")
+
+    def _places(self, index: int) -> list[int]:
+        starts = [0]
+        for item in self.lists:
+            starts.append(starts[-1] + item.num_blocks)
+        return [index - start for start in starts[:-1]]
+
+    def parts(self, model: nn.Module, index: int) -> list[tuple[str, nn.Module]]:
+        """Return the modules of one block with their dotted names."""
+        return [(name, model.get_submodule(name)) for name in self.names(index)]
+
+    def output(self, model: nn.Module, index: int) -> nn.Module:
+        """Return the module of a block that puts out its hidden states."""
+        return self.parts(model, index)[-1][1]
+
+    def locate(self, name: str) -> int | None:
+        """Return the block that a tensor belongs to, by its name; None if it is in no block."""
+        found = self._find(name)
+        return found[0] if found is not None else None
+
+    def select(self, kept: Sequence[int]) -> Blocks:
+        """Return the lists of a network that has only some blocks.
+
+        Raises:
+            SplitError: If the indices are not rising, are no blocks, or leave a list without any.
+        """
+        if (
+            list(kept) != sorted(set(kept))
+            or not kept
+            or kept[0] < 0
+            or kept[-1] >= self.num_blocks
+        ):
+            raise SplitError(
+                f"kept blocks must be rising indices below {self.num_blocks}, got {list(kept)}"
+            )
+        selected, start = [], 0
+        for item in self.lists:
+            number = sum(start <= index < start + item.num_blocks for index in kept)
+            if number == 0:
+                raise SplitError(f"{item.paths[0]} must keep at least one block, got {list(kept)}")
+            selected.append(BlockList(item.paths, number))
+            start += item.num_blocks
+        return Blocks(tuple(selected))
+
+    def members(self, kept: Sequence[int]) -> list[tuple[BlockList, list[int]]]:
+        """Return each list with the kept ones of its own members, counted from its own start."""
+        result, start = [], 0
+        for item in self.lists:
+            own = [i - start for i in kept if start <= i < start + item.num_blocks]
+            result.append((item, own))
+            start += item.num_blocks
+        return result
+
+    def rename(
+        self, names: Iterable[str], target: Blocks, index_map: Mapping[int, int]
+    ) -> dict[str, str]:
+        """Map tensor names to those in a network that has the same blocks at other places.
+
+        Args:
+            names: Tensor names, e.g. "model.layers.4.mlp.up_proj.weight".
+            target: The other network's lists.
+            index_map: Index in the other network of each block that it has.
+
+        Returns:
+            New name of each name; a name in a block that the other network lacks is left out.
+        """
+        mapping = {}
+        for name in names:
+            found = self._find(name)
+            if found is None:
+                mapping[name] = name
+            elif found[0] in index_map:
+                index, part, start, end = found
+                mapping[name] = name[:start] + target.names(index_map[index])[part] + name[end:]
+        return mapping
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        paths = sorted((path for item in self.lists for path in item.paths), key=len, reverse=True)
+        return re.compile(rf"(?:^|\.)(({'|'.join(map(re.escape, paths))})\.(\d+))(?=\.|$)")
+
+    def _find(self, name: str) -> tuple[int, int, int, int] | None:
+        """Return block, part of it, and where in a tensor's name the block's name stands."""
+        match = self._pattern.search(name)
+        if match is None:
+            return None
+        start = 0
+        for item in self.lists:
+            if match[2] in item.paths:
+                return start + int(match[3]), item.paths.index(match[2]), *match.span(1)
+            start += item.num_blocks
+        return None
 
 
-def find_blocks(model: nn.Module) -> Blocks:
-    """Return the block list of a network.
+def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
+    """Return the blocks of a network.
+
+    Args:
+        model: Any network.
+        path: Dotted name of the list to cut, where it shall not be found.
 
     Raises:
         SplitError: If it has none, or only lists that do not fit its configuration.
     """
-    outermost = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and not re.search(r"\.\d+(\.|$)", path)
+    if path is not None:
+        return Blocks((_named_list(model, path),))
+    found = [_found_in(part, prefix, model) for prefix, part in _halves(model)]
+    return Blocks(tuple(item for items in found for item in items))
+
+
+def _named_list(model: nn.Module, path: str) -> BlockList:
+    module = dict(model.named_modules()).get(path)
+    if not isinstance(module, _LIST) or len(module) == 0:
+        raise SplitError(
+            f"{path} must be a ModuleList or Sequential of {type(model).__name__}, got "
+            f"{type(module).__name__ if module is not None else 'nothing of that name'}; "
+            f"found: {_listed(_outermost_lists(model, ''))}"
+        )
+    return BlockList((path,), len(module))
+
+
+def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return where to look: both halves of an encoder-decoder, the text part of what also sees."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return [("", model)]
+    names = {id(module): name for name, module in model.named_modules()}
+    getters = ("get_encoder", "get_decoder") if _is_encoder_decoder(model) else ("get_decoder",)
+    halves = []
+    for getter in getters:
+        half = getattr(model, getter)()
+        if isinstance(half, nn.Module) and names.get(id(half)) and _outermost_lists(half, ""):
+            halves.append((names[id(half)], half))
+    return halves or [("", model)]
+
+
+def _is_encoder_decoder(model: transformers.PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _found_in(part: nn.Module, prefix: str, model: nn.Module) -> list[BlockList]:
+    lists = _outermost_lists(part, prefix)
+    counts = _counts(getattr(model, "config", None))
+    most = _num_parameters(part) / 2
+    fitting = [(name, m) for name, m in lists if not counts or len(m) in counts] or [
+        (name, m) for name, m in lists if _num_parameters(m) > most
     ]
-    expected = _num_hidden_layers(model)
-    fitting = [(path, m) for path, m in outermost if expected is None or len(m) == expected]
     if not fitting:
-        found = ", ".join(f"{path} ({len(m)})" for path, m in outermost) or "none"
         raise SplitError(
-            f"{type(model).__name__} has no list of blocks to cut; wanted a ModuleList of "
-            f"{expected if expected is not None else 'blocks'}, found: {found}"
+            f"{type(model).__name__} has no list of blocks to cut: none is as long as a number in "
+            f"its configuration or holds most of the parameters; found: {_listed(lists)}"
         )
-    path, blocks = max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return Blocks(path, len(blocks))
+    path, blocks = max(fitting, key=lambda item: _num_parameters(item[1]))
+    if _is_of_stages(blocks):
+        stages = [_found_in_stage(stage, f"{path}.{i}") for i, stage in enumerate(blocks)]
+        return [stage for stage in stages if stage is not None]
+    parent = path.rpartition(".")[0]
+    beside = [
+        name
+        for name, m in fitting
+        if name.rpartition(".")[0] == parent and len(m) == len(blocks) and name != path
+    ]
+    return [BlockList((*sorted(beside), path) if beside else (path,), len(blocks))]
 
 
-def reindex(names: Sequence[str], path: str, index_map: Mapping[int, int]) -> dict[str, str]:
-    """Map tensor names of one network to those of another with its blocks at other places.
-
-    Args:
-        names: Tensor names, e.g. "model.layers.4.mlp.up_proj.weight".
-        path: Dotted name of the block list.
-        index_map: New index of each block that the other network has.
-
-    Returns:
-        New name of each name; a name in a block that the other network lacks is left out.
-    """
-    pattern = re.compile(rf"(^|\.){re.escape(path)}\.(\d+)(?=\.|$)")
-    mapping = {}
-    for name in names:
-        match = pattern.search(name)
-        if match is None:
-            mapping[name] = name
-        elif int(match[2]) in index_map:
-            start, end = match.span(2)
-            mapping[name] = f"{name[:start]}{index_map[int(match[2])]}{name[end:]}"
-    return mapping
+def _outermost_lists(
+    model: nn.Module, prefix: str
+) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """Return lists of modules that are inside no other list; Sequentials only if nothing else."""
+    start = f"{prefix}." if prefix else ""
+    for kind in (nn.ModuleList, nn.Sequential):
+        lists = [
+            (start + path, module)
+            for path, module in model.named_modules()
+            if path
+            and isinstance(module, kind)
+            and len(module) > 0
+            and not re.search(r"(^|\.)\d+(\.|$)", path)
+            and _num_parameters(module) > 0
+        ]
+        if lists:
+            return lists
+    return []
 
 
-def build_from_blocks(
-    model: transformers.PreTrainedModel, blocks: Blocks, kept: Sequence[int]
-) -> transformers.PreTrainedModel:
-    """Return a new network that holds only some blocks and shares no memory with the old one.
-
-    Args:
-        model: The full model.
-        blocks: Its block list.
-        kept: Indices of the blocks to keep, rising.
-
-    Raises:
-        SplitError: If the indices are not rising, not in range, or the architecture cannot be built
-            with them.
-    """
-    if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= blocks.num_blocks:
-        raise SplitError(
-            f"kept blocks must be rising indices below {blocks.num_blocks}, got {list(kept)}"
-        )
-    config = num_blocks_config(model.config, blocks.num_blocks, kept)
-    weight = next(model.parameters())
-    attention = model.config._attn_implementation  # noqa: SLF001 - there is no public name
-    with torch.random.fork_rng(devices=[]):  # throw-away initial weights: leave the caller's stream
-        small = type(model)._from_config(  # noqa: SLF001
-            config, dtype=weight.dtype, attn_implementation=attention
-        )
-    state = model.state_dict()
-    new_names = reindex(list(state), blocks.path, {old: new for new, old in enumerate(kept)})
-    try:
-        small.load_state_dict({new: state[old].detach().clone() for old, new in new_names.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise SplitError(
-            f"{type(model).__name__} cannot be built with blocks {list(kept)}: {reason}"
-        ) from error
-    small.tie_weights()
-    return frozen(small, weight.device)
+def _is_of_stages(blocks: nn.Module) -> bool:
+    """Say whether no two members have the same tensors, and each has a list of its own inside."""
+    members = list(blocks.children())
+    kinds = Counter(block_kind(member) for member in members)
+    return (
+        len(members) > 1
+        and len(kinds) == len(members)
+        and all(_found_in_stage(member, "") is not None for member in members)
+    )
 
 
-def frozen(
-    model: transformers.PreTrainedModel, device: torch.device
-) -> transformers.PreTrainedModel:
-    """Return the same network on a device, in evaluation mode, with no parameter to train."""
-    nn.Module.to(model, device=device)
-    model.eval()
-    model.requires_grad_(False)
-    return model
+def _found_in_stage(stage: nn.Module, path: str) -> BlockList | None:
+    if isinstance(stage, _LIST):
+        return BlockList((path,), len(stage)) if len(stage) else None
+    lists = _outermost_lists(stage, path)
+    if not lists:
+        return None
+    name, blocks = max(lists, key=lambda item: _num_parameters(item[1]))
+    return BlockList((name.lstrip("."),), len(blocks))
 
 
-def num_blocks_config(
-    config: transformers.PretrainedConfig, num_blocks: int, kept: Sequence[int]
-) -> transformers.PretrainedConfig:
-    """Return a copy of a configuration for the kept blocks, per-block settings included."""
-    small = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list | tuple) and len(value) == num_blocks and key != "architectures":
-            setattr(small, key, [value[i] for i in kept])
-    small.num_hidden_layers = len(kept)
-    small._name_or_path = ""  # noqa: SLF001 - where the owner keeps the model is nobody's business
-    return small
+def block_kind(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return what tells blocks of several kinds apart: the names and shapes of their tensors."""
+    return tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
-def _num_hidden_layers(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    number = getattr(config, "num_hidden_layers", None)
-    return number if isinstance(number, int) else None
+def _counts(config: Any) -> set[int]:
+    """Return every whole number of a configuration, and of those inside it."""
+    if config is None:
+        return set()
+    numbers: set[int] = set()
+    waiting = [config.to_dict()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+            numbers.add(len(value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            numbers.add(value)
+    return numbers
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _listed(lists: Sequence[tuple[str, nn.Module]]) -> str:
+    return ", ".join(f"{path} ({len(list(m.children()))})" for path, m in lists) or "none"

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from fedpeat.core.errors import ModelError
-from fedpeat.model.blocks import frozen
+from fedpeat.model.cut import frozen
 
 __all__ = [
     "BUNDLED",
