@@ -34,6 +34,12 @@ HIDDEN_SIZE = 64
 BATCH_SIZE = 2
 LENGTH = 16
 NUM_LABELS = 3
+NUM_SIDE_BLOCKS = 4  # of parts that the family does not use, such as a vision tower in a causal LM
+COMMON_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+COUNTS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "depth",
+    "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
+)  # fmt: skip
 
 
 class ZooError(ValueError):
@@ -46,47 +52,51 @@ class Family:
 
     Attributes:
         auto: The class that builds them from a configuration.
-        model_types: Every architecture that transformers has for this head.
+        class_names: The class, or the classes, of every architecture that has this head.
     """
 
     auto: Any
-    model_types: tuple[str, ...]
+    class_names: Mapping[str, Any]
 
 
 FAMILIES: dict[str, Family] = {
     "causal_lm": Family(
-        transformers.AutoModelForCausalLM, tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     ),
     "masked_lm": Family(
-        transformers.AutoModelForMaskedLM, tuple(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        transformers.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     ),
     "sequence_classification": Family(
         transformers.AutoModelForSequenceClassification,
-        tuple(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     "seq2seq_lm": Family(
         transformers.AutoModelForSeq2SeqLM,
-        tuple(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     ),
     "image_classification": Family(
         transformers.AutoModelForImageClassification,
-        tuple(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
 
+
+def _cycle(*kinds: str) -> list[str]:
+    """Return the kinds of six blocks, in turn."""
+    return [kinds[i % len(kinds)] for i in range(NUM_BLOCKS)]
+
+
 # Set wherever a configuration class has an integer of this name; what it leaves to None is derived.
 SMALL: dict[str, int] = {
+    **dict.fromkeys(COUNTS, NUM_BLOCKS),
     **dict.fromkeys(
         (
-            "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "depth",
-            "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
-        ),
-        NUM_BLOCKS,
-    ),
-    **dict.fromkeys(
-        (
-            "hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "lru_width",
+            "hidden_size", "d_model", "n_embd", "dim", "emb_dim", "lru_width",
             "embedding_size", "projection_dim", "projection_size", "hidden_dim",
+            "hidden_size_global", "out_hidden_size", "output_dim", "adapter_out_dim",
+            "adapter_in_dim", "output_proj_dims", "embed_dim", "mm_embed_dim", "audio_embed_dim",
+            "vision_output_dim", "backbone_hidden_size", "ext_pw_out_channel",
+            "depthwise_separable_out_channel", "nemo_conv_channels", "downsample_hidden_size",
         ),
         HIDDEN_SIZE,
     ),
@@ -134,19 +144,21 @@ SMALL: dict[str, int] = {
         16,
     ),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "mamba_head_dim", "mamba_d_head"), 32),
+    **dict.fromkeys(("q_lora_rank", "o_lora_rank", "mamba_head_dim", "mamba_d_head"), 32),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(
         (
             "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length",
-            "max_source_positions", "max_target_positions",
+            "max_source_positions", "max_target_positions", "max_encoder_position_embeddings",
+            "max_decoder_position_embeddings", "position_embedding_size", "num_hash_buckets",
+            "mm_posemb_size", "num_position_embeddings", "input_dim",
         ),
         64,
     ),
     **dict.fromkeys(
         ("sliding_window", "sliding_window_size", "attention_window_size", "index_topk"), 8
     ),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size"), VOCAB_SIZE),
     "hidden_size_per_layer_input": 8,
     "image_size": 32,
     "patch_size": 8,
@@ -154,12 +166,100 @@ SMALL: dict[str, int] = {
 }  # fmt: skip
 
 # These are set even where a class leaves them to None.
-SMALL_FOR_NONE = {"num_key_value_heads": 2, "pad_token_id": 0}
+SMALL_FOR_NONE = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
+
+LISTS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("hidden_sizes", "embed_dims"), (16, 32, 48, 64)),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), (1, 2, 4, 4)),
+    "depths": (1, 2, 2, 1),
+}
+# Set, cut to its length, wherever a class has one number per stage.
 
 # What an architecture needs beside, e.g. to have both of its kinds of blocks among the first six.
-MORE: dict[str, dict[str, Any]] = {}
+MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [2, 5]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "layer_types": _cycle("sliding_attention", "full_attention"),
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "partial_rotary_factor": 0.5,
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "encoder-decoder": {"decoder_start_token_id": 1},
+    "esm": {"vocab_size": VOCAB_SIZE, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 1},
+    "gemma4_text": {"global_head_dim": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": _cycle("linear_attention", "full_attention")},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
+    "lfm2": {"full_attn_idxs": [2, 5]},
+    "lfm2_moe": {"layer_types": _cycle("conv", "conv", "full_attention")},
+    "lilt": {"hidden_size": 48},
+    "longt5": {"decoder_start_token_id": 0},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 16},
+    "ministral": {"head_dim": 16},
+    "mamba2": {"head_dim": 32},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {
+        "attn_layers": _cycle("local", "lsh"),
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (16, 48),
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "feed_forward_size": 128,
+        "hash_seed": 0,
+    },
+    "switch_transformers": {"decoder_start_token_id": 0},
+    "t5": {"decoder_start_token_id": 0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": _cycle("linear_attention", "linear_attention", "hybrid"),
+    },
+    "zamba2": {
+        "layers_block_type": _cycle("linear_attention", "linear_attention", "hybrid"),
+        "adapter_rank": 8,
+    },
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "layer_types": _cycle("hybrid_sliding", "hybrid"),
+        "sliding_window": 8,
+    },
+}
 
-CANNOT: dict[str, str] = {}
+# These cannot work here, whatever their sizes.
+CANNOT: dict[str, str] = {
+    "dinat": "needs the package natten",
+    "gemma3n": "needs the package timm",
+    "gemma4_assistant": "assistant model of another, whose keys and values it reads",
+    "gemma4_unified_assistant": "assistant model of another, whose keys and values it reads",
+    "layoutlmv2": "needs the package detectron2",
+    "musicgen": "AutoModelForCausalLM does not build it from its configuration, of three networks",
+    "musicgen_melody": "AutoModelForCausalLM does not build it from its configuration",
+    "pp_lcnet": "has no loss",
+    "shieldgemma2": "has no loss",
+    "timm_wrapper": "needs the package timm",
+}
 
 
 def tiny_config(model_type: str, family: str) -> transformers.PretrainedConfig:
@@ -170,13 +270,17 @@ def tiny_config(model_type: str, family: str) -> transformers.PretrainedConfig:
     """
     if family not in FAMILIES:
         raise ZooError(f"family must be one of {', '.join(FAMILIES)}, got {family}")
-    if model_type not in FAMILIES[family].model_types:
+    names = FAMILIES[family].class_names
+    if model_type not in names:
         raise ZooError(f"{family}: transformers has no architecture {model_type}")
     if model_type in CANNOT:
         raise ZooError(f"{model_type}: {CANNOT[model_type]}")
-    config_class = CONFIG_MAPPING[model_type]
+    more: dict[str, Any] = {"num_labels": NUM_LABELS}
+    if not isinstance(names[model_type], str):  # from_config then asks the configuration which
+        more["architectures"] = [names[model_type][0]]
     with _one_line(f"{model_type}: no configuration"):
-        config = _small(config_class, {}, num_labels=NUM_LABELS)
+        maker = _Maker(family)
+        config: transformers.PretrainedConfig = maker.make(CONFIG_MAPPING[model_type], **more)
     return config
 
 
@@ -210,7 +314,7 @@ def tiny_batch(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
         pixels = torch.randn(BATCH_SIZE, channels, height, width, generator=generator)
         return {"pixel_values": pixels, "labels": torch.arange(BATCH_SIZE) % num_labels}
     ids = torch.randint(4, 100, (BATCH_SIZE, LENGTH), generator=generator)
-    eos = config.get_text_config().eos_token_id
+    eos = getattr(config.get_text_config(), "eos_token_id", None)
     ids[:, -1] = eos if isinstance(eos, int) else 2
     batch = {"input_ids": ids}
     if "attention_mask" in accepted:
@@ -236,38 +340,84 @@ def loss_of(model: transformers.PreTrainedModel, batch: Mapping[str, Tensor]) ->
     return loss
 
 
-def _small(config_class: Any, special_ids: dict[str, int], **more: Any) -> Any:
-    """Return a configuration with small values wherever its class has their names."""
-    defaults = _defaults(config_class)
-    settings: dict[str, Any] = {}
-    for name, value in SMALL.items():
-        target = name if name in defaults else config_class.attribute_map.get(name)
-        if target not in settings and _is_int(defaults.get(target)):
-            settings[target] = value
-    settings |= {
+class _Maker:
+    """Makes the configuration of one network, and of its parts.
+
+    Attributes:
+        family: The family that the network is of.
+        special_ids: Where the ids of special tokens went, alike in all parts.
+    """
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.special_ids: dict[str, int] = {}
+
+    def make(self, config_class: Any, **more: Any) -> Any:
+        """Return a configuration with small values wherever its class has their names."""
+        defaults = _defaults(config_class)
+        settings = _small(config_class, defaults)
+        settings |= self._moved_ids(defaults)
+        settings |= {
+            name: self._part(name, spec)
+            for name, spec in config_class.sub_configs_defaults.items()
+            if name in defaults
+        }
+        if "is_decoder" in defaults and self.family == "causal_lm":
+            settings["is_decoder"] = True
+        settings |= MORE.get(config_class.model_type, {})
+        return config_class(**(settings | more))
+
+    def _part(self, name: str, spec: Any) -> Any:
+        """Return the configuration of a part; one that the family does not use has few blocks."""
+        config_class = spec.config_class
+        if not dataclasses.is_dataclass(config_class):
+            config_class = CONFIG_MAPPING[spec.model_type]
+        more = {k: v for k, v in spec.init_kwargs.items() if k not in SMALL}
+        used = "vision" in name if self.family == "image_classification" else _is_text(name)
+        if not used:
+            defaults = _defaults(config_class)
+            more |= {name: NUM_SIDE_BLOCKS for name in COUNTS if _is_int(defaults.get(name))}
+        return self.make(config_class, **more)
+
+    def _moved_ids(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the ids of special tokens into the small vocabulary."""
+        moved: dict[str, Any] = {}
+        for name, value in defaults.items():
+            if not name.endswith(("_token_id", "_token_index", "_token_ids")):
+                continue
+            largest = max(value, default=0) if isinstance(value, list | tuple) else value
+            if not _is_int(largest) or largest < VOCAB_SIZE:
+                continue
+            if name in COMMON_IDS:
+                moved[name] = COMMON_IDS[name]
+            else:
+                new = VOCAB_SIZE - 1 - len(self.special_ids)
+                moved[name] = self.special_ids.setdefault(name.replace("_index", "_id"), new)
+        return moved
+
+
+def _small(config_class: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the small values of the settings that a class has, under its own names."""
+    own = {name: name for name in SMALL if name in defaults}
+    other = {config_class.attribute_map.get(name): name for name in SMALL if name not in own}
+    small: dict[str, Any] = {
+        target: SMALL[name]
+        for target, name in (other | own).items()
+        if _is_int(defaults.get(target))
+    }
+    small |= {
         name: value
         for name, value in SMALL_FOR_NONE.items()
         if name in defaults and defaults[name] is None
     }
-    settings |= _special_ids(defaults, special_ids)
-    settings |= {
-        name: _small_part(spec, special_ids)
-        for name, spec in config_class.sub_configs_defaults.items()
-        if name in defaults
+    small |= {
+        name: value[: len(defaults[name])]
+        for name, value in LISTS.items()
+        if isinstance(defaults.get(name), list | tuple)
     }
-    settings |= MORE.get(config_class.model_type, {})
-    return config_class(**(settings | more))
-
-
-def _small_part(spec: Any, special_ids: dict[str, int]) -> Any:
-    """Return the small configuration of a part of a network."""
-    config_class = (
-        spec.config_class
-        if dataclasses.is_dataclass(spec.config_class)
-        else CONFIG_MAPPING[spec.model_type]
-    )
-    own = {k: v for k, v in spec.init_kwargs.items() if k not in SMALL}
-    return _small(config_class, special_ids, **own)
+    if "kv_lora_rank" in defaults and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = SMALL["num_attention_heads"]  # latent attention has no groups
+    return small
 
 
 def _defaults(config_class: Any) -> dict[str, Any]:
@@ -278,20 +428,8 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     }
 
 
-def _special_ids(defaults: Mapping[str, Any], special_ids: dict[str, int]) -> dict[str, Any]:
-    """Move the ids of special tokens into the small vocabulary, alike in all parts."""
-    settings: dict[str, Any] = {}
-    for name, value in defaults.items():
-        if not name.endswith(("_token_id", "_token_index", "_token_ids")):
-            continue
-        largest = max(value, default=0) if isinstance(value, list | tuple) else value
-        if not _is_int(largest) or largest < VOCAB_SIZE:
-            continue
-        common = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        settings[name] = common.get(name) or special_ids.setdefault(
-            name.replace("_index", "_id"), VOCAB_SIZE - 1 - len(special_ids)
-        )
-    return settings
+def _is_text(name: str) -> bool:
+    return name.startswith(("text", "decoder", "encoder", "global"))
 
 
 def _is_int(value: object) -> bool:
@@ -335,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     for family in args.families:
         counts = [0, 0]
-        types = [t for t in FAMILIES[family].model_types if not args.only or t in args.only]
+        types = [t for t in FAMILIES[family].class_names if not args.only or t in args.only]
         for model_type in types:
             line = survey(model_type, family, args.seconds, counts)
             print(f"| {family} | {model_type} | {line} |", flush=True)
