@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -159,7 +159,13 @@ SMALL: dict[str, int] = {
         ("sliding_window", "sliding_window_size", "attention_window_size", "index_topk"), 8
     ),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size"), VOCAB_SIZE),
+    **dict.fromkeys(("shape_vocab_size", "pronunciation_vocab_size"), VOCAB_SIZE),
+    **dict.fromkeys(("shape_embed_dim", "pronunciation_embed_dim", "hc_lowrank"), 16),
+    "attention_window": 8,
     "hidden_size_per_layer_input": 8,
+    "intra_bottleneck_size": 32,
+    "local_radius": 7,
+    "num_patches": 16,
     "image_size": 32,
     "patch_size": 8,
     "max_2d_position_embeddings": 64,
@@ -169,14 +175,19 @@ SMALL: dict[str, int] = {
 SMALL_FOR_NONE = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
 
 LISTS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("hidden_sizes", "embed_dims"), (16, 32, 48, 64)),
+    **dict.fromkeys(("hidden_sizes", "embed_dims", "embed_dim"), (16, 32, 48, 64)),
     **dict.fromkeys(("num_heads", "num_attention_heads"), (1, 2, 4, 4)),
-    "depths": (1, 2, 2, 1),
+    **dict.fromkeys(("depths", "depth"), (1, 2, 2, 1)),
 }
 # Set, cut to its length, wherever a class has one number per stage.
 
+SWIN = {"embed_dim": 16, "patch_size": 2, "window_size": 2}
+
 # What an architecture needs beside, e.g. to have both of its kinds of blocks among the first six.
 MORE: dict[str, dict[str, Any]] = {
+    "big_bird": {"block_size": 2, "num_random_blocks": 1},
+    "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
+    "bit": {"num_groups": 4},
     "bamba": {"attn_layer_indices": [2, 5]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
@@ -186,8 +197,10 @@ MORE: dict[str, dict[str, Any]] = {
             for kind in ("sliding_attention", "full_attention")
         },
     },
+    "convnext": {"num_stages": 4},
+    "convnextv2": {"num_stages": 4},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v4": {
@@ -196,24 +209,91 @@ MORE: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN_SIZE},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+    },
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4]},
+    "donut-swin": SWIN,
+    "efficientnet": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.5,
+        "hidden_dim": 320,
+    },
     "encoder-decoder": {"decoder_start_token_id": 1},
     "esm": {"vocab_size": VOCAB_SIZE, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
+    "focalnet": {"embed_dim": 16},
+    "funnel": {"block_sizes": (2, 2, 2), "d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "gemma4_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8},
+    "got_ocr2_vision": {"output_channels": 16},
     "granitemoehybrid": {"layer_types": _cycle("linear_attention", "full_attention")},
+    "hgnet_v2": {
+        "stem_channels": (3, 8, 16),
+        "stage_in_channels": (16, 16, 32, 48),
+        "stage_mid_channels": (8, 8, 16, 16),
+        "stage_out_channels": (16, 32, 48, 64),
+        "stage_numb_of_layers": (2, 2, 2, 2),
+    },
+    "hiera": {"embed_dim": 16, "image_size": (64, 64)},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
+    "laguna": {"layer_types": _cycle("sliding_attention", "full_attention")},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "lfm2": {"full_attn_idxs": [2, 5]},
     "lfm2_moe": {"layer_types": _cycle("conv", "conv", "full_attention")},
+    "levit": {"image_size": 64, "patch_size": 16, "key_dim": (8, 8, 8)},
     "lilt": {"hidden_size": 48},
     "longt5": {"decoder_start_token_id": 0},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": 16},
-    "ministral": {"head_dim": 16},
     "mamba2": {"head_dim": 32},
+    "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
+    "mellum": {"layer_types": _cycle("sliding_attention", "full_attention")},
+    "minimax_m3_vl_text": {
+        "layer_types": _cycle("full_attention", "minimax_m3_sparse"),
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
+    "ministral": {
+        "head_dim": 16,
+        "layer_types": _cycle("sliding_attention", "sliding_attention", "full_attention"),
+    },
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v2": {"depth_multiplier": 0.25},
+    "mobilevit": {
+        "image_size": 64,
+        "patch_size": 2,
+        "neck_hidden_sizes": (8, 16, 16, 24, 32, 48, 64),
+    },
+    "mobilevitv2": {"image_size": 64, "patch_size": 2, "base_attn_unit_dims": (16, 32, 48)},
+    "nemotron_h": {
+        "layers_block_type": [
+            "linear_attention",
+            "moe",
+            "linear_attention",
+            "full_attention",
+            "mlp",
+            "moe",
+        ]
+    },
+    "perceiver": {
+        "num_blocks": 1,
+        "num_self_attends_per_block": NUM_BLOCKS,
+        "num_latents": 16,
+        "d_latents": HIDDEN_SIZE,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -223,15 +303,23 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "reformer": {
         "attn_layers": _cycle("local", "lsh"),
-        "axial_pos_shape": (8, 8),
+        "axial_pos_shape": (4, 4),
         "axial_pos_embds_dim": (16, 48),
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
         "feed_forward_size": 128,
         "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
     },
+    "segformer": {"num_encoder_blocks": 4},
+    "swin": SWIN,
+    "swinv2": SWIN,
     "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
+    "textnet": {"image_size": 64, "stem_out_channels": 16, "hidden_sizes": (16, 16, 32, 48, 64)},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": (1,) * 7},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": _cycle("linear_attention", "linear_attention", "hybrid"),
@@ -246,6 +334,9 @@ MORE: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
 }
+
+# These refuse a backward pass in evaluation mode; they have no dropout here, so both modes are alike.
+TRAINED_IN_TRAINING_MODE = ("reformer",)
 
 # These cannot work here, whatever their sizes.
 CANNOT: dict[str, str] = {
@@ -285,7 +376,7 @@ def tiny_config(model_type: str, family: str) -> transformers.PretrainedConfig:
 
 
 def build(model_type: str, family: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """Return a small random network in float32, in evaluation mode.
+    """Return a small random network in float32, in evaluation mode where it can be tuned in it.
 
     Raises:
         ZooError: If it cannot be built here.
@@ -296,34 +387,71 @@ def build(model_type: str, family: str, seed: int = 0) -> transformers.PreTraine
         model: transformers.PreTrainedModel = FAMILIES[family].auto.from_config(
             config, dtype=torch.float32
         )
-    return model.eval()
+    return model.train(model_type in TRAINED_IN_TRAINING_MODE)
 
 
 def tiny_batch(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """Return two examples with labels, the same at every call."""
-    config = model.config
     generator = torch.Generator().manual_seed(0)
     name = type(model).__name__
-    accepted = inspect.signature(model.forward).parameters
-    num_labels = config.num_labels
-    if model.main_input_name == "pixel_values" and "ImageClassification" in name:
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 32)
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(vision, "num_channels", 3)
-        pixels = torch.randn(BATCH_SIZE, channels, height, width, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.arange(BATCH_SIZE) % num_labels}
-    ids = torch.randint(4, 100, (BATCH_SIZE, LENGTH), generator=generator)
-    eos = getattr(config.get_text_config(), "eos_token_id", None)
-    ids[:, -1] = eos if isinstance(eos, int) else 2
-    batch = {"input_ids": ids}
-    if "attention_mask" in accepted:
-        batch["attention_mask"] = torch.ones_like(ids)
-    if "SequenceClassification" in name:
-        batch["labels"] = torch.arange(BATCH_SIZE) % num_labels
+    if "ImageClassification" in name and model.config.model_type != "imagegpt":
+        batch = {"pixel_values": _pixels(model.config, generator)}
     else:
-        batch["labels"] = ids.clone()
-    return batch
+        batch = _text(model, generator)
+    if "Classification" in name:
+        labels = torch.arange(BATCH_SIZE) % NUM_LABELS
+    else:
+        labels = batch["input_ids"].clone()
+    extra = EXTRA_INPUTS.get(model.config.model_type, _nothing)(model.config, generator)
+    return {**batch, "labels": labels, **extra}
+
+
+def _text(model: transformers.PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return token ids that end as the architecture wants it, and a mask where it takes one."""
+    ids = torch.randint(4, 100, (BATCH_SIZE, LENGTH), generator=generator)
+    eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    ids[:, -1] = eos if isinstance(eos, int) else 2
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {})}
+
+
+def _pixels(config: transformers.PretrainedConfig, generator: torch.Generator) -> Tensor:
+    """Return images of the size in the configuration, (batch, channels, height, width)."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", SMALL["image_size"])
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(vision, "num_channels", 3)
+    return torch.randn(BATCH_SIZE, channels, height, width, generator=generator)
+
+
+def _patches(
+    config: transformers.PretrainedConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return images cut into four by four patches."""
+    width = config.vision_config.num_channels * config.vision_config.patch_size**2
+    return {
+        "pixel_values": torch.randn(BATCH_SIZE, 16, width, generator=generator),
+        "pixel_attention_mask": torch.ones(BATCH_SIZE, 16, dtype=torch.long),
+        "spatial_shapes": torch.full((BATCH_SIZE, 2), 4),
+    }
+
+
+def _audio(config: transformers.PretrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a spectrogram that is as long as the text."""
+    frames = LENGTH * config.audio_length_per_tok
+    bins = config.audio_config.num_mel_bins
+    return {"input_features": torch.randn(BATCH_SIZE, bins, frames, generator=generator)}
+
+
+def _nothing(*_: object) -> dict[str, Tensor]:
+    return {}
+
+
+EXTRA_INPUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "git": lambda config, generator: {"pixel_values": _pixels(config, generator)},
+    "siglip2": _patches,
+    "voxtral_realtime": _audio,
+}
 
 
 def loss_of(model: transformers.PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -413,10 +541,12 @@ def _small(config_class: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     small |= {
         name: value[: len(defaults[name])]
         for name, value in LISTS.items()
-        if isinstance(defaults.get(name), list | tuple)
+        if isinstance(defaults.get(name), list | tuple) and len(defaults[name]) <= len(value)
     }
     if "kv_lora_rank" in defaults and "num_key_value_heads" in small:
-        small["num_key_value_heads"] = SMALL["num_attention_heads"]  # latent attention has no groups
+        small["num_key_value_heads"] = SMALL[
+            "num_attention_heads"
+        ]  # latent attention has no groups
     return small
 
 
