@@ -121,10 +121,30 @@ def build(model_type: str, family: str, seed: int = 0) -> transformers.PreTraine
         model: transformers.PreTrainedModel = FAMILIES[family].auto.from_config(
             config, dtype=torch.float32
         )
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):  # else a deep stack of them gives nothing but zeros
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        _liven(model.eval())
     return model.train(model_type in ALWAYS_TRAINING)
+
+
+@torch.no_grad()
+def _liven(model: transformers.PreTrainedModel) -> None:
+    """Make every block matter, as in a trained network.
+
+    Weights that start at zero are drawn, and batch norms get the statistics of a batch: with those
+    that they start with, a deep stack of them fades to zero.
+    """
+    for matrix in [p for p in model.parameters() if p.ndim > 1 and not p.any()]:
+        nn.init.normal_(matrix, std=LARGE["initializer_range"])
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if model.main_input_name != "pixel_values" or not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    model(pixel_values=_pixels(model.config, torch.Generator().manual_seed(1), batch_size=32))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def tiny_batch(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
@@ -256,13 +276,15 @@ def _text(model: transformers.PreTrainedModel, generator: torch.Generator) -> di
     return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {})}
 
 
-def _pixels(config: transformers.PretrainedConfig, generator: torch.Generator) -> Tensor:
+def _pixels(
+    config: transformers.PretrainedConfig, generator: torch.Generator, batch_size: int = BATCH_SIZE
+) -> Tensor:
     """Return images of the size in the configuration, (batch, channels, height, width)."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", SMALL["image_size"])
     height, width = (size, size) if isinstance(size, int) else size
     channels = getattr(vision, "num_channels", 3)
-    return torch.randn(BATCH_SIZE, channels, height, width, generator=generator)
+    return torch.randn(batch_size, channels, height, width, generator=generator)
 
 
 def _patches(

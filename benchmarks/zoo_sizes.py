@@ -67,7 +67,7 @@ SMALL: dict[str, int] = {
         (
             "num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads",
             "num_experts_per_tok", "moe_topk", "moe_k", "index_n_heads",
-            "n_group", "first_k_dense_replace",
+            "n_group", "first_k_dense_replace", "zero_expert_num",
         ),
         2,
     ),
