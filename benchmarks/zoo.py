@@ -17,7 +17,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,7 +61,7 @@ class Family:
     """
 
     auto: Any
-    class_names: Mapping[str, str | tuple[str, ...]]
+    class_names: Mapping[str, Sequence[str]]
 
 
 FAMILIES: dict[str, Family] = {
@@ -122,7 +122,8 @@ def build(model_type: str, family: str, seed: int = 0) -> transformers.PreTraine
             config, dtype=torch.float32
         )
         _liven(model.eval())
-    return model.train(model_type in ALWAYS_TRAINING)
+    model.train(model_type in ALWAYS_TRAINING)
+    return model
 
 
 @torch.no_grad()
@@ -357,7 +358,7 @@ def survey(model_type: str, family: str, seconds: int) -> bool:
         with _time_limit(seconds), _in_one_line(model_type):
             model = build(model_type, family)
             loss = loss_of(model, tiny_batch(model))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if loss.ndim or not loss.isfinite():
                 raise ZooError(f"{model_type}: loss is {loss}")
     except ZooError as error:

@@ -169,6 +169,7 @@ MORE: dict[str, dict[str, Any]] = {
     "efficientnet": {
         "width_coefficient": 0.25,
         "depth_coefficient": 0.5,
+        "initializer_range": 0.5,
         "hidden_dim": 320,
     },
     "encoder-decoder": {"decoder_start_token_id": 1},
@@ -214,6 +215,7 @@ MORE: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "layer_types": _cycle("sliding_attention", "sliding_attention", "full_attention"),
     },
+    "mobilebert": {"embedding_size": 32},
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilenet_v2": {"depth_multiplier": 0.25},
     "mobilevit": {
@@ -232,6 +234,9 @@ MORE: dict[str, dict[str, Any]] = {
             "moe",
         ]
     },
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
     "perceiver": {
         "num_blocks": 1,
         "num_self_attends_per_block": NUM_BLOCKS,
