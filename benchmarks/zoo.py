@@ -361,11 +361,13 @@ def survey(model_type: str, family: str, seconds: int) -> bool:
             loss.backward()
             if loss.ndim or not loss.isfinite():
                 raise ZooError(f"{model_type}: loss is {loss}")
+            tuned = sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+            if not tuned:
+                raise ZooError(f"{model_type}: has no gradient")
     except ZooError as error:
         print(f"| {family} | {model_type} | {error} |", flush=True)
         return False
     size_mib = sum(p.nbytes for p in model.parameters()) / 2**20
-    tuned = sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
     print(
         f"| {family} | {model_type} | loss {loss.item():.3f}, {size_mib:.2f} MiB, "
         f"{time.perf_counter() - started:.2f} s, "

@@ -223,7 +223,12 @@ MORE: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "neck_hidden_sizes": (8, 16, 16, 24, 32, 48, 64),
     },
-    "mobilevitv2": {"image_size": 64, "patch_size": 2, "base_attn_unit_dims": (16, 32, 48)},
+    "mobilevitv2": {
+        "width_multiplier": 0.5,
+        "image_size": 64,
+        "patch_size": 2,
+        "base_attn_unit_dims": (16, 32, 48),
+    },
     "nemotron_h": {
         "layers_block_type": [
             "linear_attention",
@@ -293,13 +298,13 @@ ALWAYS_TRAINING = ("reformer",)
 # These cannot work here, whatever their sizes.
 CANNOT: dict[str, str] = {
     "dinat": "needs the package natten",
-    "gemma3n": "needs the package timm",
-    "gemma4_assistant": "assistant model of another, whose keys and values it reads",
-    "gemma4_unified_assistant": "assistant model of another, whose keys and values it reads",
+    "gemma3n": "needs the packages timm and pillow",
+    "gemma4_assistant": "assists another network, whose keys and values it reads",
+    "gemma4_unified_assistant": "assists another network, whose keys and values it reads",
     "layoutlmv2": "needs the package detectron2",
-    "musicgen": "AutoModelForCausalLM does not build it from its configuration, of three networks",
-    "musicgen_melody": "AutoModelForCausalLM does not build it from its configuration",
+    "musicgen": "AutoModelForCausalLM does not build it from its own configuration",
+    "musicgen_melody": "AutoModelForCausalLM does not build it from its own configuration",
     "pp_lcnet": "has no loss",
     "shieldgemma2": "has no loss",
-    "timm_wrapper": "needs the package timm",
+    "timm_wrapper": "needs the packages timm and pillow",
 }
