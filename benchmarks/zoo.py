@@ -4,7 +4,7 @@ Everything is made from configurations, with random weights: nothing is download
 about six blocks, and where an architecture mixes kinds of blocks, those six show the mix. What
 takes part beside, such as the vision tower of a causal LM, has four.
 
-    python benchmarks/zoo.py [FAMILY ...] [--only TYPE ...] [--seconds 20]
+    python benchmarks/zoo.py [FAMILY ...] [--only TYPE ...] [--seconds 60]
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", default=list(FAMILIES))
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these architectures")
     parser.add_argument(
-        "--seconds", type=int, default=20, help="time limit of each (default: %(default)s)"
+        "--seconds", type=int, default=60, help="time limit of each (default: %(default)s)"
     )
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
