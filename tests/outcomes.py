@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {}
 EVERYTHING_ON: dict[str, Any] = {
     "adapter": {"lora_dropout": 0.1},
     "local": {"warmup_steps": 5, "proximal_mu": 0.01},
-    "emulator": {"distill_tokens": 256, "distill_batch_size": 4},
+    "emulator": {"recipe": "layer_drop:0.5+distill:256", "distill_batch_size": 4},
     "federated": {
         "server_optimizer": "fedadam",
         "server_learning_rate": 0.01,

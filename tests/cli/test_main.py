@@ -96,9 +96,9 @@ def test_unknown_key_in_the_config_file(
 def test_keep_ratio_out_of_range_in_the_file_and_on_the_command_line(
     refused: Refused, config_file: ConfigFile, tmp_path: Path
 ) -> None:
-    message = "emulator.keep_ratio must be in (0, 1], got 1.5"
-    assert refused("run", config_file(), "--emulator.keep-ratio", "1.5") == message
-    path = config_file(emulator={"keep_ratio": 1.5})
+    message = "emulator.recipe 'greedy:1.5', character 8: greedy needs a ratio in (0, 1], got '1.5'"
+    assert refused("run", config_file(), "--emulator.recipe", "greedy:1.5") == message
+    path = config_file(emulator={"recipe": "greedy:1.5"})
     assert refused("run", path) == f"{path}: {message}"
     assert not (tmp_path / "runs").exists()
 
@@ -112,15 +112,10 @@ def test_comparison_of_an_unknown_method(refused: Refused, config_file: ConfigFi
 # --- what is wrong with the data or the model ---------------------------------------------------
 
 
-def bart_without_a_list_as_long_as_its_config_says(folder: Path, model_dir: Path) -> None:
+def without_blocks(folder: Path, model_dir: Path) -> None:
     shutil.copytree(model_dir, folder, ignore=lambda _, names: {"model.safetensors", "config.json"})
-    config = transformers.BartConfig(
-        vocab_size=300, d_model=32, encoder_layers=5, decoder_layers=3, decoder_attention_heads=4,
-        encoder_attention_heads=4, decoder_ffn_dim=64, encoder_ffn_dim=64, is_decoder=True,
-        is_encoder_decoder=False, max_position_embeddings=64, pad_token_id=0, bos_token_id=0,
-        eos_token_id=0, decoder_start_token_id=0, forced_eos_token_id=None,
-    )  # fmt: skip
-    transformers.BartForCausalLM(config).save_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(model_dir, num_hidden_layers=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def image_model(folder: Path, model_dir: Path) -> None:
@@ -155,7 +150,7 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "weights cut short": (cut_short, "cannot load model "),
     "no weights": (without_weights, "cannot load model "),
     "broken config": (with_a_broken_config, "cannot load "),
-    "no block list": (bart_without_a_list_as_long_as_its_config_says, "has no list of blocks"),
+    "no block list": (without_blocks, "has no list of blocks"),
 }
 
 

@@ -56,9 +56,9 @@ ODD = {
         "max_eval_blocks": 9,
     },
     "emulator": {
-        "keep_ratio": 1.0,
+        "recipe": "greedy:0.5+distill:10",
+        "calibration_tokens": 7,
         "dtype": "bfloat16",
-        "distill_tokens": 10,
         "distill_lm_weight": 0.0,
         "distill_hidden_weight": 1e22,
         "distill_learning_rate": 5e-324,
@@ -163,8 +163,8 @@ def test_small_number_is_read_however_it_is_written(file: Path, text: str) -> No
 
 
 def test_whole_number_is_taken_for_a_float(file: Path) -> None:
-    keep_ratio = read(file, "emulator: {keep_ratio: 1}").emulator.keep_ratio
-    assert (keep_ratio, type(keep_ratio)) == (1.0, float)
+    alpha = read(file, "data: {alpha: 1}").data.alpha
+    assert (alpha, type(alpha)) == (1.0, float)
 
 
 def test_list_becomes_a_tuple(file: Path) -> None:
@@ -231,10 +231,10 @@ def test_unknown_key_is_refused_with_the_one_that_was_meant(
         ("name: 2024-11-05", "name must be text, got datetime.date(2024, 11, 5)"),
         ("data: {key_field: 3}", "data.key_field must be text, got 3"),
         ("data: {num_clients: many}", "data.num_clients must be a whole number, got 'many'"),
-        ("emulator: {keep_ratio: half}", "emulator.keep_ratio must be a number, got 'half'"),
-        ("emulator: {keep_ratio: true}", "emulator.keep_ratio must be a number, got True"),
-        ("emulator: {keep_ratio: 50%}", "emulator.keep_ratio must be a number, got '50%'"),
-        ("emulator: {keep_ratio: '0,5'}", "emulator.keep_ratio must be a number, got '0,5'"),
+        ("data: {alpha: half}", "data.alpha must be a number, got 'half'"),
+        ("data: {alpha: true}", "data.alpha must be a number, got True"),
+        ("data: {alpha: 50%}", "data.alpha must be a number, got '50%'"),
+        ("data: {alpha: '0,5'}", "data.alpha must be a number, got '0,5'"),
         ("server: {participates: 1}", "server.participates must be true or false, got 1"),
         ("server: {participates: 'no'}", "server.participates must be true or false, got 'no'"),
         ("adapter: {target_modules: q}", "adapter.target_modules must be a list, got 'q'"),
@@ -264,8 +264,8 @@ def test_value_of_the_wrong_type_is_refused_with_what_is_allowed_and_what_it_got
 
 
 def test_number_too_large_for_a_float_is_refused(file: Path) -> None:
-    message = refused(file, f"emulator: {{keep_ratio: 1{'0' * 400}}}")
-    assert message.startswith("emulator.keep_ratio must be a number, got 1000")
+    message = refused(file, f"data: {{alpha: 1{'0' * 400}}}")
+    assert message.startswith("data.alpha must be a number, got 1000")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_settings_that_are_no_mapping_are_refused(data: object) -> None:
 
 
 def test_override_changes_what_it_names_and_nothing_else() -> None:
-    base = Config(name="x", data=DataConfig(alpha=0.25), emulator=EmulatorConfig(keep_ratio=0.75))
+    base = Config(name="x", data=DataConfig(alpha=0.25), emulator=EmulatorConfig(recipe="cka:0.75"))
     changed = override(base, {"data": {"num_clients": 3}, "seed": 9})
     assert changed == Config(
         name="x", seed=9, data=DataConfig(alpha=0.25, num_clients=3), emulator=base.emulator

@@ -31,8 +31,7 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "data.block_size": ([1, 0], [2]),
     "data.max_tokens_per_client": ([0, 127], [128, None]),
     "data.max_eval_blocks": ([0], [1]),
-    "emulator.keep_ratio": ([0.0, 1.01, -0.5], [0.01, 1.0]),
-    "emulator.distill_tokens": ([-1], [0]),
+    "emulator.calibration_tokens": ([0, -1], [1]),
     "emulator.distill_lm_weight": ([-0.1], [0.0]),
     "emulator.distill_hidden_weight": ([-0.1], [0.0]),
     "emulator.distill_learning_rate": ([0.0, -1.0], [1e-9]),
@@ -142,7 +141,13 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             "data.max_tokens_per_client must be at least one block, got 63",
         ),
         (
-            {"emulator": {"distill_tokens": 9, "distill_lm_weight": 0, "distill_hidden_weight": 0}},
+            {
+                "emulator": {
+                    "recipe": "distill:9",
+                    "distill_lm_weight": 0,
+                    "distill_hidden_weight": 0,
+                }
+            },
             "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
         ),
         (

@@ -120,7 +120,7 @@ def test_gap_closed_worked_by_hand() -> None:
 
 
 def test_emulator_without_compression_tunes_exactly_like_the_full_model(config: Config) -> None:
-    ours = run(override(config, {"emulator": {"keep_ratio": 1.0}}))
+    ours = run(override(config, {"emulator": {"recipe": "full"}}))
     bound = run(override(config, {"method": "fed_peft", "name": "bound"}))
     assert ours["quality"]["plug_in"] == bound["quality"]["plug_in"]
 
@@ -218,7 +218,7 @@ def test_emulator_of_a_run_that_never_began_is_not_taken_over(
     for left in ("checkpoints", "summary.json"):  # as a kill during set-up leaves it
         path = tmp_path / "tiny" / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    summary = run(override(config, {"emulator": {"keep_ratio": 0.25}}))
+    summary = run(override(config, {"emulator": {"recipe": "layer_drop:0.25"}}))
     assert summary["emulator"]["recipe"] == "layer_drop:0.25"
 
 

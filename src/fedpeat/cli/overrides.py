@@ -83,7 +83,7 @@ def _explain(frame: str, args: Sequence[str]) -> str:
     """Say in one line what tyro says in a frame: what was wrong, what is allowed, what it got."""
     message = _message(frame)
     own = re.match(
-        r"Error parsing \S+: (.* must be .*)", message
+        r"Error parsing \S+: (.* must be .*|\S+ .*, character \d+: .*)", message
     )  # what the settings themselves refuse
     option = re.search(r"--[\w.-]+", message)
     if own or not option:

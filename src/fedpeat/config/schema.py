@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from fedpeat.config.recipe import parse_recipe
 from fedpeat.core.errors import ConfigError
 
 __all__ = [
@@ -151,14 +152,16 @@ class DataConfig:
 class EmulatorConfig:
     """The compact stand-in for the frozen part of the model."""
 
-    keep_ratio: float = 0.5
-    """Share of the frozen middle blocks kept, in (0, 1]; with placement "all", share of all
-    blocks."""
+    recipe: str = "layer_drop:0.5"
+    """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
+    (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
+    ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text. For
+    example greedy:0.5+distill:200000."""
+    calibration_tokens: int = 16384
+    """Tokens of the server's own text that a choice of blocks looks at."""
     dtype: DType = "auto"
     """Type in which the emulator is stored and sent; auto takes the type of the model's own
     file."""
-    distill_tokens: int = 0
-    """Tokens of the server's own text spent on distillation; 0 switches it off."""
     distill_lm_weight: float = 1.0
     """Weight of the language-modelling loss in distillation."""
     distill_hidden_weight: float = 30.0
@@ -169,14 +172,19 @@ class EmulatorConfig:
     """Blocks in a distillation batch."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.keep_ratio <= 1, "emulator.keep_ratio", "in (0, 1]", self.keep_ratio)
+        recipe = parse_recipe(self.recipe)
+        _require(
+            self.calibration_tokens >= 1,
+            "emulator.calibration_tokens",
+            "at least 1",
+            self.calibration_tokens,
+        )
         _require_choice("emulator.dtype", DType, self.dtype)
-        _require_not_negative("emulator.distill_tokens", self.distill_tokens)
         _require_not_negative("emulator.distill_lm_weight", self.distill_lm_weight)
         _require_not_negative("emulator.distill_hidden_weight", self.distill_hidden_weight)
         weights = self.distill_lm_weight + self.distill_hidden_weight
         _require(
-            self.distill_tokens == 0 or weights > 0,
+            not recipe.has("distill") or weights > 0,
             "emulator.distill_*_weight",
             "above 0 for one of them",
             weights,

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from fedpeat.config.recipe import Recipe, parse_recipe
 from fedpeat.config.schema import EmulatorConfig
 from fedpeat.core.errors import EmulatorError
-from fedpeat.core.seeds import derive_seed
+from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.federation import FederatedText
-from fedpeat.emulator.layer_drop import kept_blocks
+from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.emulator.selection import choose_blocks
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import DTYPES, LoadedModel
 from fedpeat.tuning.distillation import DistillSettings, Pair, distill, measure_fidelity
+from fedpeat.tuning.loss import batch_of
 
 __all__ = ["make_emulator"]
 
@@ -47,29 +50,31 @@ def make_emulator(
     Raises:
         EmulatorError: If there is nothing to compress, or no text to distil on.
     """
-    kept = kept_blocks(blocks.num_blocks, tuned, config.keep_ratio)
+    recipe = parse_recipe(config.recipe)
+    batches = _calibration(loaded, text, config)
+    kept = choose_blocks(recipe.selection, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept)
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    recipe, fidelity = f"layer_drop:{config.keep_ratio:g}", {}
-    if len(kept) < blocks.num_blocks:
+    fidelity: dict[str, float] = {}
+    if not recipe.is_full:
         pair = _pair(loaded.model, student, blocks, kept, tuned)
         fidelity = {
             f"{k}_before": v for k, v in measure_fidelity(pair, text.validation, 16).items()
         }
-        if config.distill_tokens:
-            recipe += f"+distill:{config.distill_tokens}"
-            _distill(pair, student, blocks, kept, tuned, config, text, seed=seed, observer=observer)
+        for step in recipe.steps:
+            if step.name == "distill":
+                _distill(pair, blocks, kept, tuned, config, int(step.value), text, seed, observer)
         computed = next(loaded.model.parameters()).dtype
         for rounded_to in (dtype, computed):  # measure what will be sent
             torch.nn.Module.to(student, dtype=rounded_to)
         fidelity |= measure_fidelity(pair, text.validation, 16)
-        observer.message(_fidelity_line(recipe, fidelity))
+        observer.message(_fidelity_line(recipe, kept, fidelity))
     package = pack_emulator(
         student,
         loaded.model,
         blocks,
         kept,
-        recipe=recipe,
+        recipe=str(recipe),
         dtype=dtype,
         parent_sha256=loaded.sha256,
     )
@@ -95,32 +100,47 @@ def _pair(
     )
 
 
+def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfig) -> list[Batch]:
+    """Return some of the server's text as inputs of the model."""
+    if text.server is None:
+        return []
+    number = max(1, config.calibration_tokens // int(text.server.input_ids.shape[1]))
+    data = text.server
+    order = generator(0, "calibration").permutation(data.num_examples)[:number]
+    device = next(loaded.model.parameters()).device
+    batches: list[Batch] = []
+    for start in range(0, len(order), config.distill_batch_size):
+        ids, mask = batch_of(data, order[start : start + config.distill_batch_size], device)
+        batches.append({"input_ids": ids, "labels": ids.masked_fill(~mask, -100)})
+    return batches
+
+
 def _distill(
     pair: Pair,
-    student: transformers.PreTrainedModel,
     blocks: Blocks,
     kept: Sequence[int],
     tuned: Sequence[int],
     config: EmulatorConfig,
+    num_tokens: int,
     text: FederatedText,
-    *,
     seed: int,
     observer: Observer,
 ) -> None:
     if text.server is None:
         raise EmulatorError(
-            "emulator.distill_tokens needs text of the server; raise data.server_ratio above 0"
+            "emulator.recipe distills, which needs text of the server; raise data.server_ratio "
+            "above 0"
         )
     own = blocks.select(kept)
     trainable = [
         p
         for j, i in enumerate(kept)
         if i not in set(tuned)
-        for _, part in own.parts(student, j)
+        for _, part in own.parts(pair.student, j)
         for p in part.parameters()
     ]
     settings = DistillSettings(
-        num_tokens=config.distill_tokens,
+        num_tokens=num_tokens,
         lm_weight=config.distill_lm_weight,
         hidden_weight=config.distill_hidden_weight,
         learning_rate=config.distill_learning_rate,
@@ -139,9 +159,9 @@ def _distill(
         )
 
 
-def _fidelity_line(recipe: str, fidelity: dict[str, float]) -> str:
+def _fidelity_line(recipe: Recipe, kept: Sequence[int], fidelity: dict[str, float]) -> str:
     return (
-        f"emulator {recipe}: validation perplexity {fidelity['perplexity_before']:.2f} -> "
-        f"{fidelity['perplexity']:.2f}, hidden-state error "
+        f"emulator {recipe} keeps blocks {', '.join(map(str, kept))}: validation perplexity "
+        f"{fidelity['perplexity_before']:.2f} -> {fidelity['perplexity']:.2f}, hidden-state error "
         f"{fidelity['hidden_error_before']:.3f} -> {fidelity['hidden_error']:.3f}"
     )

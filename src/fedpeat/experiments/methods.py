@@ -34,7 +34,7 @@ def _whole_blocks(config: Config) -> Config:
 
 
 def _full_model(config: Config) -> Config:
-    return replace(config, emulator=replace(config.emulator, keep_ratio=1.0, distill_tokens=0))
+    return replace(config, emulator=replace(config.emulator, recipe="full"))
 
 
 def _all_weights(config: Config) -> Config:

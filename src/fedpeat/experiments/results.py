@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpeat import __version__
 from fedpeat.adapter.tunable import adapter_facts
+from fedpeat.config.recipe import parse_recipe
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.progress import METRIC, Progress
 from fedpeat.federated.rounds import peak_rss_bytes
@@ -43,7 +44,7 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
 
 
 def _is_compressed(bench: Bench) -> bool:
-    return bench.package is not None and bench.config.emulator.keep_ratio < 1
+    return bench.package is not None and not parse_recipe(bench.config.emulator.recipe).is_full
 
 
 def _scores(bench: Bench, progress: Progress) -> dict[str, Quality | None]:

@@ -109,7 +109,7 @@ def distill(
     num_steps = settings.num_tokens // tokens_per_step
     if num_steps == 0 or not trainable:
         raise EmulatorError(
-            f"emulator.distill_tokens must allow at least one batch of {tokens_per_step} tokens "
+            f"distill must allow at least one batch of {tokens_per_step} tokens "
             f"and one block to train, got {settings.num_tokens} tokens and {len(trainable)} tensors"
         )
     device = trainable[0].device

@@ -1,0 +1,83 @@
+"""Which blocks an emulator keeps: a table of choices, and what all of them respect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from fedpeat.config.recipe import Step
+from fedpeat.core.errors import EmulatorError
+from fedpeat.emulator.calibration import Batch, evaluation_mode
+from fedpeat.emulator.cka import select_by_cka
+from fedpeat.emulator.gradient import select_by_gradient
+from fedpeat.emulator.greedy import select_greedily
+from fedpeat.emulator.influence import select_by_influence
+from fedpeat.emulator.layer_drop import select_evenly
+from fedpeat.model.blocks import Blocks
+from fedpeat.model.cut import required_blocks
+
+__all__ = ["SELECTIONS", "choose_blocks", "needs_text"]
+
+Select = Callable[[nn.Module, Blocks, Sequence[int], int, Sequence[Batch]], list[int]]
+
+SELECTIONS: dict[str, Select] = {
+    "layer_drop": select_evenly,
+    "influence": select_by_influence,
+    "greedy": select_greedily,
+    "cka": select_by_cka,
+    "gradient": select_by_gradient,
+}
+
+
+def needs_text(step: Step) -> bool:
+    """Say whether a choice looks at text."""
+    return step.name not in {"full", "layer_drop"}
+
+
+def choose_blocks(
+    step: Step,
+    model: nn.Module,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    batches: Sequence[Batch],
+) -> list[int]:
+    """Return all blocks of an emulator: tuned and required ones, and a share of the others.
+
+    Each list of a network (an encoder's, a decoder's, a stage's) gives up the same share.
+
+    Args:
+        step: A recipe's first step, which names the choice and the share to keep, rounded down, but
+            never to none.
+        model: The full model, frozen.
+        blocks: Its blocks.
+        tuned: Blocks that are kept whatever the share.
+        batches: Text that the choice looks at.
+
+    Raises:
+        EmulatorError: If there is nothing to compress, or no text to look at.
+    """
+    everything = list(range(blocks.num_blocks))
+    if step.name == "full" or step.value == 1:
+        return everything
+    if needs_text(step) and not batches:
+        raise EmulatorError(
+            f"emulator.recipe {step} looks at text of the server and got none; raise "
+            "data.server_ratio above 0, or use layer_drop"
+        )
+    with evaluation_mode(model):
+        kept = {*tuned, *required_blocks(model, blocks, batches[0] if batches else None)}
+        if len(kept) == blocks.num_blocks:
+            raise EmulatorError(
+                f"there are no blocks to compress: {len(set(tuned))} of {blocks.num_blocks} are "
+                f"tuned and the architecture needs the others; tune fewer blocks"
+            )
+        start = 0
+        for item in blocks.lists:
+            candidates = [i for i in range(start, start + item.num_blocks) if i not in kept]
+            start += item.num_blocks
+            if candidates:
+                number = max(1, int(step.value * len(candidates) + 1e-9))
+                select = SELECTIONS[step.name]
+                kept.update(select(model, blocks, candidates, number, batches))
+    return sorted(kept)
