@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fedpeat.adapter.lora import Part, part_of
 from fedpeat.control.fixed import FixedController
 from fedpeat.core.records import Reply, RoundObservation, RoundPlan, Transport
 from fedpeat.core.wire import Payload, decode, encode
-from fedpeat.federated.aggregation import ServerOptimizer
+from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.rounds import Federation, FederationState, Rung, ServerTraining
 from fedpeat.federated.screening import Limits
 from fedpeat.tuning.local import LocalSettings
@@ -189,12 +190,12 @@ def everyone(*, server_steps: int = 0, fraction_train: float = 1.0) -> FixedCont
 
 
 def server_adding(delta: float, num_examples: int = 10) -> ServerTraining:
-    """Return the training of a server that adds ``delta``."""
+    """Return the training of a server that adds ``delta`` to what is tuned."""
 
     def training(
-        current: Mapping[str, np.ndarray], num_steps: int, first_step: int, seed: int
+        current: Mapping[str, np.ndarray], tuned: Part, num_steps: int, first_step: int, seed: int
     ) -> Payload:
-        return update_of(Payload(current), delta, num_examples, seconds=0.1)
+        return update_of(Payload(part_of(current, tuned)), delta, num_examples, seconds=0.1)
 
     return training
 
@@ -204,6 +205,7 @@ def federation(transport: Transport, **changes: Any) -> Federation:
     settings: dict[str, Any] = {
         "controller": everyone(),
         "rungs": {"emulator": RUNG},
+        "lora": LoraAggregation(),
         "optimizer": ServerOptimizer(),
         "limits": Limits(max_examples=1000),
         "settings": LocalSettings(batch_size=2, learning_rate=0.1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from fedpeat.adapter.lora import part_of, truncated
 from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach, read_adapter
 from fedpeat.config.schema import AdapterConfig
@@ -132,6 +134,77 @@ def test_tensor_of_another_shape_raises() -> None:
     name = next(iter(state))
     with pytest.raises(AdapterError, match="must have shape"):
         full.load({**state, name: state[name][:1]})
+
+
+# --- a part, a lower rank -------------------------------------------------------------------------
+
+
+def loss_of(tunable: Tunable) -> torch.Tensor:
+    loss: torch.Tensor = tunable.model(input_ids=random_ids()).logits.square().mean()
+    return loss
+
+
+def test_outside_a_part_nothing_gets_a_gradient_and_afterwards_all_is_tuned_again() -> None:
+    full = on_full("lora")
+    full.load(changed(full))
+    with full.only(part_of(full.parameters, "lora_B")) as part:
+        loss_of(part).backward()
+        with_gradient = {n for n, p in full.parameters.items() if p.grad is not None}
+        assert with_gradient == part.parameters.keys() == part.state().keys()
+        assert all(name.endswith(".lora_B.weight") for name in with_gradient)
+    assert all(p.requires_grad for p in full.parameters.values())
+
+
+def test_a_part_is_tuned_again_as_a_whole_even_after_an_error() -> None:
+    full = on_full("lora")
+    with pytest.raises(MemoryError), full.only(part_of(full.parameters, "lora_A")):
+        raise MemoryError
+    assert all(p.requires_grad for p in full.parameters.values())
+
+
+def test_a_part_that_an_adapter_does_not_have_is_refused() -> None:
+    full = on_full("ia3")
+    wanted = pytest.raises(AdapterError, match="no tensor to tune is one of those wanted")
+    with wanted, full.only(["x.lora_A.weight"]):
+        pass
+
+
+@pytest.mark.parametrize(("method", "scale"), [("lora", 16 / 4), ("rslora", 16 / 2)])
+def test_a_lower_rank_keeps_the_scale_of_the_full_one(method: str, scale: float) -> None:
+    model, config = tiny_model("llama"), replace(METHODS[method], r=4)
+    full = attach(model, find_blocks(model), TUNED, config)
+    cut = truncated(changed(full), 3)
+    full.load(cut, rank=3)
+    assert {n: a.shape for n, a in full.state().items()} == {n: a.shape for n, a in cut.items()}
+    name = "model.layers.5.mlp.down_proj"
+    layer = full.model.get_submodule("base_model.model." + name)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    b, a = (torch.from_numpy(cut[f"{name}.lora_{factor}.weight"]) for factor in "BA")
+    original = tiny_model("llama").get_submodule(name)
+    torch.testing.assert_close(layer(x), original(x) + scale * x @ a.T @ b.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lower_rank_is_tuned_and_the_full_one_comes_back() -> None:
+    full = on_full("lora")
+    state = changed(full)
+    full.load(state)
+    want = full.model(input_ids=random_ids()).logits
+    full.load(truncated(state, 1), rank=1)
+    loss_of(full).backward()
+    gradients = {n: p.grad for n, p in full.parameters.items()}
+    assert {n: None if g is None else tuple(g.shape) for n, g in gradients.items()} == {
+        n: a.shape for n, a in truncated(state, 1).items()
+    }
+    full.load(state)
+    loss_of(full).backward()
+    assert torch.equal(full.model(input_ids=random_ids()).logits, want)
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["none said", "another one said"])
+def test_a_rank_that_nobody_said_is_refused(rank: int | None) -> None:
+    full = on_full("lora")
+    with pytest.raises(AdapterError, match="must have shape"):
+        full.load(truncated(full.state(), 1), rank=rank)
 
 
 def test_truncated_adapter_file_is_refused(tmp_path: Path) -> None:

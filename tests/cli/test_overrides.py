@@ -35,6 +35,10 @@ def changed(*args: str, base: Config | None = None) -> Config:
         ("--evaluation.no-full-tuned", {"evaluation": {"full_tuned": False}}),
         ("--adapter.target-modules q v", {"adapter": {"target_modules": ["q", "v"]}}),
         ("--adapter.target-modules", {"adapter": {"target_modules": []}}),
+        (
+            "--federated.lora-aggregation svd --federated.client-ranks 4 2",
+            {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 2]}},
+        ),
     ],
 )
 def test_option_changes_the_setting_that_it_names(args: str, changes: dict[str, Any]) -> None:
@@ -77,6 +81,10 @@ def test_settings_of_the_file_stay_where_no_option_names_them() -> None:
         (
             "--adapter.method lorra",
             "--adapter.method must be one of lora, ia3, prompt, none, full, got 'lorra'",
+        ),
+        (
+            "--federated.client-ranks 4 x",
+            "--federated.client-ranks must be one or more whole numbers, got '4' 'x'",
         ),
         ("--local.local-steps 0", "local.local_steps must be at least 1, got 0"),
         ("--seed -1", "seed must be 0 or more, got -1"),

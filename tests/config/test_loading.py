@@ -103,6 +103,7 @@ ODD = {
     },
     "evaluation": {"every": 2, "batch_size": 4, "full_tuned": False},
 }
+FOR_LORA_ALONE = {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 2]}}
 
 
 @pytest.fixture
@@ -138,12 +139,16 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
-    odd, default = leaves(ODD), leaves(config_to_dict(Config()))
+    odd, default = leaves(ODD) | leaves(FOR_LORA_ALONE), leaves(config_to_dict(Config()))
     assert sorted(odd) == sorted(default) == sorted(setting_types())
     assert [name for name in odd if odd[name] == default[name]] == []
 
 
-@pytest.mark.parametrize("config", [Config(), config_from_dict(ODD)], ids=["default", "odd"])
+@pytest.mark.parametrize(
+    "config",
+    [Config(), config_from_dict(ODD), config_from_dict(FOR_LORA_ALONE)],
+    ids=["default", "odd", "for LoRA alone"],
+)
 def test_settings_written_as_yaml_are_read_back_equal(config: Config, file: Path) -> None:
     assert read(file, config_to_yaml(config)) == config
 

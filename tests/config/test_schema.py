@@ -73,7 +73,11 @@ def kinds_of(hint: Any) -> set[Any]:
     return set(get_args(hint)) or {hint}
 
 
-NUMBERS = [n for n, hint in setting_types().items() if kinds_of(hint) & {int, float}]
+NUMBERS = [
+    name
+    for name, hint in setting_types().items()
+    if kinds_of(hint) & {int, float} and get_origin(hint) is not tuple
+]
 FLOATS = [n for n, hint in setting_types().items() if float in kinds_of(hint)]
 CHOICES = [n for n, hint in setting_types().items() if get_origin(hint) is Literal]
 
@@ -158,12 +162,63 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             {"adapter": {"placement": "top", "num_top": 0}},
             "adapter.num_top must be at least 1 for placement 'top', got 0",
         ),
+        *[
+            (
+                {"adapter": {"method": method}, "federated": {"lora_aggregation": rule}},
+                f"adapter.method must be lora for federated.lora_aggregation '{rule}', "
+                f"got '{method}'",
+            )
+            for method in ("ia3", "prompt", "none", "full")
+            for rule in ("ffa", "rolora", "svd")
+        ],
+        *[
+            (
+                {"adapter": {"use_dora": True}, "federated": {"lora_aggregation": rule}},
+                f"adapter.use_dora must be false for federated.lora_aggregation '{rule}', "
+                "since a DoRA weight is not linear in BA, got True",
+            )
+            for rule in ("ffa", "rolora", "svd")
+        ],
+        (
+            {"federated": {"lora_aggregation": "svd", "server_optimizer": "fedadam"}},
+            "federated.server_optimizer must be fedavg for federated.lora_aggregation 'svd', "
+            "got 'fedadam'",
+        ),
+        (
+            {"federated": {"lora_aggregation": "svd", "server_learning_rate": 0.5}},
+            "federated.server_learning_rate must be 1 for federated.lora_aggregation 'svd', "
+            "got 0.5",
+        ),
+        (
+            {"federated": {"lora_aggregation": "rolora", "client_ranks": [4]}},
+            "federated.client_ranks must be empty for federated.lora_aggregation 'rolora', "
+            "got (4,)",
+        ),
+        (
+            {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 0]}},
+            "federated.client_ranks must be at least 1 each, got (4, 0)",
+        ),
+        (
+            {"adapter": {"r": 4}, "federated": {"lora_aggregation": "svd", "client_ranks": [4, 5]}},
+            "federated.client_ranks must be at most adapter.r = 4 each, got (4, 5)",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_from_dict(changes)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+def test_factors_that_are_tuned_by_themselves_go_with_any_server_optimizer(rule: str) -> None:
+    changes = {"federated": {"lora_aggregation": rule, "server_optimizer": "fedadam"}}
+    assert override(Config(), changes).federated.lora_aggregation == rule
+
+
+def test_ranks_up_to_the_adapters_are_allowed() -> None:
+    changes = {"federated": {"lora_aggregation": "svd", "client_ranks": [1, 8]}}
+    assert override(Config(), changes).federated.client_ranks == (1, 8)
 
 
 def test_adapter_on_all_blocks_needs_no_ends() -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from fedpeat.core.errors import WireError
-from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.core.wire import Payload, decode, digest, encode
 
 SMALL = encode(Payload({"w": np.array([1.0, 2.0], np.float32)}, {"num_examples": 3}))
 
@@ -49,6 +49,23 @@ def test_transposed_and_sliced_arrays_come_back_with_their_values() -> None:
 def test_nan_in_an_array_travels_since_only_its_reader_knows_what_it_means() -> None:
     back = decode(encode(Payload({"w": np.array([np.nan, -np.inf])}))).arrays["w"]
     np.testing.assert_array_equal(back, [np.nan, -np.inf])
+
+
+def test_digest_is_that_of_names_types_shapes_and_values_in_any_order() -> None:
+    one = {"a": np.arange(4.0), "b": np.ones((2, 3), np.float32)}
+    assert (
+        digest(one)
+        == digest(dict(reversed(one.items())))
+        == digest(decode(encode(Payload(one))).arrays)
+    )
+    others = [
+        {"a": one["a"]},
+        {"a": one["a"], "c": one["b"]},
+        {"a": one["a"].reshape(2, 2), "b": one["b"]},
+        {"a": one["a"].astype(np.float32), "b": one["b"]},
+        {"a": one["a"] + 1e-15, "b": one["b"]},
+    ]
+    assert len({digest(arrays) for arrays in [one, *others]}) == 6
 
 
 def test_record_comes_back_equal() -> None:

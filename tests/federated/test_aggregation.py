@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from fedpeat.config.loading import setting_types
 from fedpeat.core.errors import AggregationError
 from fedpeat.federated.aggregation import (
     SERVER_OPTIMIZERS,
+    TUNED_PARTS,
+    LoraAggregation,
     ServerOptimizer,
     update_norm,
     weighted_average,
@@ -97,6 +101,30 @@ def test_a_weight_of_zero_switches_one_update_off() -> None:
     assert weighted_average([state(1.0), state(9.0)], [1.0, 0.0])["w"].item() == 1.0
 
 
+@pytest.mark.parametrize(
+    ("rule", "parts"),
+    [
+        ("average", ["all"] * 4),
+        ("ffa", ["lora_B"] * 4),
+        ("rolora", ["lora_B", "lora_A", "lora_B", "lora_A"]),
+        ("svd", ["all"] * 4),
+    ],
+)
+def test_what_the_first_rounds_tune(rule: str, parts: list[str]) -> None:
+    assert [LoraAggregation(rule).tuned_part(k) for k in (1, 2, 3, 4)] == parts
+
+
+@pytest.mark.parametrize("rule", TUNED_PARTS)
+def test_every_rule_refuses_weights_that_make_no_average(rule: str) -> None:
+    pair = {"x.lora_A.weight": np.ones((1, 2)), "x.lora_B.weight": np.ones((2, 1))}
+    with pytest.raises(AggregationError, match="weights must be finite"):
+        LoraAggregation(rule).average([pair, pair], [0.0, 0.0], pair)
+
+
+def test_the_rules_of_the_settings_are_those_there_are() -> None:
+    assert list(TUNED_PARTS) == list(get_args(setting_types()["federated.lora_aggregation"]))
+
+
 def test_update_norm_is_euclidean_over_all_tensors() -> None:
     old = {"A": np.zeros((1, 2), np.float32), "B": np.ones(1, np.float32)}
     new = {"A": np.array([[2.0, 3.0]], np.float32), "B": np.array([7.0], np.float32)}
@@ -171,6 +199,18 @@ def test_moments_are_per_tensor_and_in_float64(rule: str) -> None:
         "v/B": ((3, 1), "float64"),
     }
     assert {n: a.dtype for n, a in new.items()} == {"A": np.float32, "B": np.float32}
+
+
+@pytest.mark.parametrize("rule", SERVER_OPTIMIZERS)
+def test_a_tensor_that_was_not_averaged_stays_with_its_moments(rule: str) -> None:
+    opt = ServerOptimizer(rule, 0.5)
+    current = {"A": np.ones(2, np.float32), "B": np.zeros(2, np.float32)}
+    one, first = opt.step(current, {"A": np.full(2, 3, np.float32)}, {})
+    two, second = opt.step(one, {"B": np.full(2, 3, np.float32)}, first)
+    assert one["A"].tolist() == two["A"].tolist() != [1.0, 1.0]
+    assert one["B"].tolist() == [0.0, 0.0] != two["B"].tolist()
+    assert {n for n in first if n.endswith("/B")} == set()
+    assert all(second[name] is moment for name, moment in first.items())
 
 
 @pytest.mark.parametrize("rule", SERVER_OPTIMIZERS)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeat.adapter.lora import Part, part_of, truncated
 from fedpeat.adapter.tunable import attach
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
-from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.participant import (
@@ -174,6 +175,145 @@ def test_an_update_does_not_depend_on_who_trained_before_on_the_same_shelf(
     assert {n: a.tobytes() for n, a in got.items()} == {n: a.tobytes() for n, a in want.items()}
 
 
+# --- parts of the adapter -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuned", ["lora_A", "lora_B"])
+def test_a_part_is_tuned_and_sent_back_alone(
+    tuned: Part, package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one = device()
+    one.handle("hold", hold)
+    started = {n: a + np.float32(0.01) for n, a in adapter.items()}
+    reply = decode(one.handle("train", task(started, package, tuned=tuned)))
+    assert reply.arrays.keys() == part_of(adapter, tuned).keys()
+    assert all((a != started[n]).any() for n, a in reply.arrays.items())
+
+
+def test_with_one_factor_frozen_the_other_is_tuned_as_if_that_were_part_of_the_model(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    # The first gradient of A is zero, since B starts at zero: one step moves B alone either way.
+    # Weight decay and clipping, were they to see the frozen A, would show.
+    settings = LocalSettings(2, 0.01, weight_decay=0.1, max_grad_norm=0.01, proximal_mu=0.1)
+    updates = []
+    for tuned in ("all", "lora_B"):
+        one = device()
+        one.handle("hold", hold)
+        content = task(adapter, package, tuned=tuned, num_steps=1, settings=settings)
+        updates.append(part_of(decode(one.handle("train", content)).arrays, "lora_B"))
+    assert {n: a.tobytes() for n, a in updates[0].items()} == {
+        n: a.tobytes() for n, a in updates[1].items()
+    }
+
+
+def assert_same_arrays(got: bytes, want: bytes) -> None:
+    one, other = ({n: a.tobytes() for n, a in decode(c).arrays.items()} for c in (got, want))
+    assert one == other
+
+
+def asked(one: Participant, *parts: str) -> Any:
+    reply = one.handle("hello", encode(Payload(record={"parts": list(parts)})))
+    return decode(reply).record.get("kept")
+
+
+def test_what_a_task_froze_is_kept_and_need_not_be_sent_again(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one, other = device(), device()
+    for participant in (one, other):
+        participant.handle("hold", hold)
+    frozen, tuned = part_of(adapter, "lora_A"), part_of(adapter, "lora_B")
+    sha256 = digest(frozen)
+    assert asked(one, sha256) is None
+    want = one.handle("train", task(adapter, package, tuned="lora_B"))
+    assert asked(one, digest(tuned), sha256) == one.kept == sha256
+    assert asked(one, digest(tuned)) is None
+    again = one.handle("train", task(tuned, package, tuned="lora_B", left_out=sha256))
+    assert_same_arrays(again, want)
+    assert_same_arrays(other.handle("train", task(adapter, package, tuned="lora_B")), want)
+
+
+def test_the_part_that_was_frozen_can_be_tuned_next_without_being_sent(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one = device()
+    one.handle("hold", hold)
+    one.handle("train", task(adapter, package, tuned="lora_B"))
+    new_b = {n: a + np.float32(0.01) for n, a in part_of(adapter, "lora_B").items()}
+    content = task(new_b, package, tuned="lora_A", left_out=one.kept)
+    reply = decode(one.handle("train", content))
+    assert reply.arrays.keys() == part_of(adapter, "lora_A").keys()
+    assert one.kept == digest(new_b)
+
+
+def test_after_a_task_without_a_frozen_part_nothing_is_kept(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one = device()
+    one.handle("hold", hold)
+    one.handle("train", task(adapter, package, tuned="lora_B"))
+    one.handle("train", task(adapter, package))
+    assert one.kept == ""
+
+
+def test_leaving_out_what_a_device_has_not_kept_is_refused(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one = device()
+    one.handle("hold", hold)
+    one.handle("train", task(adapter, package, tuned="lora_A"))
+    content = task(part_of(adapter, "lora_B"), package, tuned="lora_B", left_out="c0ffee" * 9)
+    with pytest.raises(AdapterError, match="a has not kept part c0ffeec0ffee of the adapter"):
+        one.handle("train", content)
+
+
+def test_restored_parts_are_kept_again(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    on = shelf()
+    one, again = device("a", on=on), device("a", on=on)
+    one.handle("hold", hold)
+    again.restore(one.held, part_of(adapter, "lora_A"))
+    content = task(part_of(adapter, "lora_B"), package, tuned="lora_B", left_out=again.kept)
+    assert decode(again.handle("train", content)).arrays.keys() == part_of(adapter, "lora_B").keys()
+
+
+def test_a_device_tunes_at_the_rank_that_it_is_told_and_leaves_none_behind(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    on = shelf()
+    small, large, alone = device("a", on=on), device("b", on=on), device("b")
+    for one in (small, large, alone):
+        one.handle("hold", hold)
+    cut = truncated(adapter, 1)
+    reply = decode(small.handle("train", task(cut, package, rank=1)))
+    assert {n: a.shape for n, a in reply.arrays.items()} == {n: a.shape for n, a in cut.items()}
+    want = alone.handle("train", task(adapter, package))
+    assert_same_arrays(large.handle("train", task(adapter, package)), want)
+
+
+def test_tuning_at_a_lower_rank_is_tuning_factors_that_are_zero_beyond_it(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    rng = np.random.default_rng(0)
+    start = truncated(
+        {n: (a + rng.normal(0, 0.1, a.shape)).astype(a.dtype) for n, a in adapter.items()}, 1
+    )
+    filled = {}
+    for name, array in start.items():
+        filled[name] = np.zeros_like(adapter[name])
+        filled[name][: array.shape[0], : array.shape[1]] = array
+    updates = []
+    for content in (task(start, package, rank=1), task(filled, package)):
+        one = device()
+        one.handle("hold", hold)
+        updates.append(decode(one.handle("train", content)).arrays)
+    for name, array in updates[0].items():
+        rows, columns = array.shape
+        np.testing.assert_allclose(updates[1][name][:rows, :columns], array, atol=1e-5)
+
+
 # --- one copy of the frozen weights (invariant 4) -------------------------------------------------
 
 
@@ -236,10 +376,10 @@ def test_restore_needs_the_emulator_on_the_shelf(package: EmulatorPackage, hold:
     one, other = device("a", on=on), device("b")
     one.handle("hold", hold)
     again = device("a", on=on)
-    again.restore(one.held)
+    again.restore(one.held, {})
     assert again.held == one.held
     with pytest.raises(EmulatorError, match="ask for it with a hold message"):
-        other.restore(one.held)
+        other.restore(one.held, {})
     assert other.held == []
 
 
@@ -306,6 +446,11 @@ TASK_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "steps True": ({"num_steps": True}, "numbers of a train task must be whole"),
     "half a step": ({"num_steps": 0.5}, "numbers of a train task must be whole"),
     "negative steps": ({"first_step": -1}, "numbers of a train task must be whole"),
+    "an unknown part": ({"tuned": "lora_C"}, "must be one of all, lora_A, lora_B, got 'lora_C'"),
+    "a list of parts": ({"tuned": ["lora_A"]}, "tuned must be one of"),
+    "left out is null": ({"left_out": None}, "left_out must be a hash, got None"),
+    "rank 0": ({"rank": 0}, "rank must be a whole number, at least 1, or null, got 0"),
+    "rank True": ({"rank": True}, "rank must be a whole number"),
 }
 
 
@@ -319,6 +464,11 @@ def test_a_train_task_that_is_none_is_refused(
     content = encode(change_record(**changes)(decode(task(adapter, package))))
     with pytest.raises(WireError, match=reason):
         one.handle("train", content)
+
+
+def test_a_hello_that_asks_for_no_list_of_parts_is_refused() -> None:
+    with pytest.raises(WireError, match="parts must be a list of hashes, got 3"):
+        device().handle("hello", encode(Payload(record={"parts": 3})))
 
 
 def test_a_task_damaged_on_the_way_is_refused(

@@ -119,6 +119,7 @@ def test_a_round_without_quality_is_not_evaluated(make_run: MakeRun) -> None:
         ({"train_loss": "low"}, "train_loss must be a number or null, got 'low'"),
         ({"train_loss": True}, "train_loss must be a number or null, got True"),
         ({"bytes_down": -5}, "bytes_down must be 0 or more, got -5"),
+        ({"product_error": -0.1}, "product_error must be 0 or more, got -0.1"),
         ({"participants": {}}, "participants must be a list of objects, got {}"),
         ({"quality": {"metric": "f1"}}, "quality: metric must be one of perplexity, accuracy"),
         ({"warnings": "one"}, "warnings must be a list of texts, got 'one'"),

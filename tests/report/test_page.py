@@ -197,6 +197,22 @@ def test_bytes_and_seconds_are_summed_over_rounds_without_evaluation(make_run: M
     assert [(p.server_round, p.num_bytes, p.seconds) for p in points] == [(0, 0, 0), (2, 3000, 4)]
 
 
+def test_each_round_has_its_product_error_where_there_is_one(make_run: MakeRun) -> None:
+    lines = [
+        round_line(0, 34.9),
+        round_line(1, 30.0, product_error=0.06874),
+        round_line(2, 29.0, product_error=0.0),
+        round_line(3, 28.0, product_error=None),
+    ]
+    page = render_report(load_run(make_run(lines)))
+    table = page[page.index("All rounds") :]
+    names = re.findall(r"<th[^>]*col[^>]*>(.*?)</th>", table)
+    place = names.index("Product error") - 1  # the first column is a heading itself
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:6]]
+    assert [row[place] for row in rows] == ["-", "0.0687", "0", "-"]
+    assert "How far the product of LoRA" in page  # the glossary
+
+
 def test_the_reference_run_has_its_curve(make_run: MakeRun) -> None:
     folder = make_run(three_rounds(), summary())
     assert rendered(folder).count("tuned") == 0

@@ -8,7 +8,7 @@ is an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from fedpeat.adapter.lora import shape_at_rank
 from fedpeat.adapter.methods import METHODS
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError
@@ -45,6 +46,7 @@ class Tunable:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model = model
         self.parameters = dict(parameters)
+        self._shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
 
     @property
     def device(self) -> torch.device:
@@ -62,16 +64,57 @@ class Tunable:
             name: p.detach().float().cpu().numpy().copy() for name, p in self.parameters.items()
         }
 
-    def load(self, state: Mapping[str, np.ndarray]) -> None:
+    def load(self, state: Mapping[str, np.ndarray], *, rank: int | None = None) -> None:
         """Plug in: copy tuned tensors from ``state``, every one and no other.
+
+        Args:
+            state: Tensors by their name in the full model.
+            rank: Rank that LoRA has in ``state``, and here from now on; the one that it was
+                attached with if not given. Its scale stays that of the attached rank.
 
         Raises:
             AdapterError: If a name or a shape does not fit; nothing is copied then.
         """
-        check_state(state, {name: tuple(p.shape) for name, p in self.parameters.items()})
+        shapes = self._shapes
+        if rank is not None:
+            shapes = {name: shape_at_rank(name, s, rank) for name, s in shapes.items()}
+        check_state(state, shapes)
+        self._resize(shapes)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+
+    def _resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Put parameters of other shapes in the place of those that have not these."""
+        old = {id(p): name for name, p in self.parameters.items() if p.shape != shapes[name]}
+        places = [
+            (old[id(p)], module, attribute, p)
+            for module in self.model.modules()
+            for attribute, p in module.named_parameters(recurse=False)
+            if id(p) in old
+        ]
+        for name, module, attribute, p in places:
+            self.parameters[name] = nn.Parameter(p.new_empty(shapes[name]))
+            setattr(module, attribute, self.parameters[name])
+
+    @contextmanager
+    def only(self, names: Collection[str]) -> Iterator[Tunable]:
+        """Give this network with some of its tuned tensors; the others are frozen for a while.
+
+        Raises:
+            AdapterError: If there is no tensor of these names.
+        """
+        chosen = {name: p for name, p in self.parameters.items() if name in names}
+        if not chosen:
+            raise AdapterError(f"no tensor to tune is one of those wanted: {sorted(names)[:3]}")
+        frozen = [p for name, p in self.parameters.items() if name not in chosen]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield Tunable(self.model, chosen)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def untuned(self) -> Iterator[None]:

@@ -24,8 +24,8 @@ _KINDS = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    tuple: "one or more names",
 }
+_LISTS = {str: "one or more names", int: "one or more whole numbers"}
 
 
 def with_overrides(config: Config, args: Sequence[str], *, prog: str) -> Config:
@@ -119,7 +119,9 @@ def _allowed(kind: Any) -> str:
         return f"{_allowed(parts[0])}, or None"
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
-    return _KINDS.get(origin or kind, "another value")
+    if origin is tuple:
+        return _LISTS[parts[0]]
+    return _KINDS.get(kind, "another value")
 
 
 def _name_of(option: str) -> str:

@@ -30,6 +30,7 @@ PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
 Partition = Literal["natural", "iid", "dirichlet"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 
 
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
@@ -329,6 +330,13 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    lora_aggregation: LoraAggregation = "average"
+    """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
+    (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
+    rank)."""
+    client_ranks: tuple[int, ...] = ()
+    """Ranks of LoRA on the devices, given out over and over in the order of their names, each in
+    [1, adapter.r], for lora_aggregation svd; empty: adapter.r for all."""
     server_optimizer: ServerOptimizer = "fedavg"
     """Rule that applies the averaged update: fedavg, fedavgm, fedadam, fedyogi."""
     server_learning_rate: float = 1.0
@@ -373,6 +381,32 @@ class FederatedConfig:
             0 <= self.server_beta2 < 1, "federated.server_beta2", "in [0, 1)", self.server_beta2
         )
         _require_positive("federated.server_tau", self.server_tau)
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        rule = self.lora_aggregation
+        _require_choice("federated.lora_aggregation", LoraAggregation, rule)
+        if rule == "svd":  # its factors turn from round to round: no step or momentum adds to them
+            where = " for federated.lora_aggregation 'svd'"
+            optimizer, learning_rate = self.server_optimizer, self.server_learning_rate
+            _require(
+                optimizer == "fedavg", "federated.server_optimizer", "fedavg" + where, optimizer
+            )
+            _require(
+                learning_rate == 1, "federated.server_learning_rate", "1" + where, learning_rate
+            )
+        _require(
+            rule == "svd" or not self.client_ranks,
+            "federated.client_ranks",
+            f"empty for federated.lora_aggregation {rule!r}",
+            self.client_ranks,
+        )
+        _require(
+            all(rank >= 1 for rank in self.client_ranks),
+            "federated.client_ranks",
+            "at least 1 each",
+            self.client_ranks,
+        )
 
 
 @dataclass(frozen=True)
@@ -434,6 +468,23 @@ class Config:
             "num_threads",
             "at least 1",
             self.num_threads,
+        )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        rule, ranks = self.federated.lora_aggregation, self.federated.client_ranks
+        if rule != "average":
+            where = f" for federated.lora_aggregation {rule!r}"
+            method, use_dora = self.adapter.method, self.adapter.use_dora
+            _require(method == "lora", "adapter.method", "lora" + where, method)
+            allowed = f"false{where}, since a DoRA weight is not linear in BA"
+            _require(not use_dora, "adapter.use_dora", allowed, use_dora)
+        r = self.adapter.r
+        _require(
+            all(rank <= r for rank in ranks),
+            "federated.client_ranks",
+            f"at most adapter.r = {r} each",
+            ranks,
         )
 
 

@@ -73,12 +73,21 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class ClientState:
-    """What the server knows of a device when it plans a round."""
+    """What the server knows of a device when it plans a round.
+
+    Attributes:
+        client_id: Its name.
+        num_examples: Examples that it has, as it says.
+        held_rungs: Emulators that it holds.
+        last_loss: Mean loss of its last accepted update.
+        kept_part: Hash of the part of the round's adapter that it need not be sent; empty for none.
+    """
 
     client_id: str
     num_examples: int
     held_rungs: tuple[str, ...] = ()
     last_loss: float | None = None
+    kept_part: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,12 +151,17 @@ class ParticipantResult:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl.
+
+    ``product_error`` is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| over all pairs of LoRA: what
+    averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
+    """
 
     server_round: int
     quality: Mapping[str, Any] | None = None
     train_loss: float | None = None
     update_norm: float = 0.0
+    product_error: float | None = None
     participants: tuple[ParticipantResult, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0

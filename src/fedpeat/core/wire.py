@@ -6,6 +6,7 @@ inside, so the bytes that a run reports are the length of what was sent.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from safetensors.numpy import load, save
 
 from fedpeat.core.errors import WireError
 
-__all__ = ["SCHEMA", "Payload", "decode", "encode"]
+__all__ = ["SCHEMA", "Payload", "decode", "digest", "encode"]
 
 SCHEMA = 1
 _RECORD_KEY = "fedpeat"
@@ -53,6 +54,11 @@ def encode(payload: Payload) -> bytes:
         return bytes(save(arrays, metadata={_RECORD_KEY: record}))
     except (SafetensorError, ValueError) as error:
         raise WireError(f"a message's arrays must be numbers with plain names: {error}") from error
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of named arrays, whatever their order."""
+    return hashlib.sha256(encode(Payload(arrays))).hexdigest()
 
 
 def decode(content: bytes) -> Payload:

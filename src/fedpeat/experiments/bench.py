@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import cycle
 
-import numpy as np
 import torch
 
+from fedpeat.adapter.lora import Part, State, check_only_pairs, part_of
 from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
@@ -23,7 +23,7 @@ from fedpeat.experiments.emulators import make_emulator
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
-from fedpeat.federated.aggregation import ServerOptimizer
+from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import EmulatorShelf, Participant, hold_message
 from fedpeat.federated.rounds import Federation, Rung
@@ -196,26 +196,27 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
     )
 
     def server_training(
-        adapter: Mapping[str, np.ndarray], num_steps: int, first_step: int, seed: int
+        adapter: State, tuned: Part, num_steps: int, first_step: int, seed: int
     ) -> Payload:
         assert bench.text.server is not None
         bench.server.load(adapter)
-        stats = train(
-            bench.server,
-            bench.text.server,
-            settings,
-            num_steps=num_steps,
-            first_step=first_step,
-            seed=seed,
-        )
-        return Payload(
-            bench.server.state(), {"num_examples": bench.text.server.num_examples, **asdict(stats)}
-        )
+        with bench.server.only(part_of(adapter, tuned)) as part:
+            stats = train(
+                part,
+                bench.text.server,
+                settings,
+                num_steps=num_steps,
+                first_step=first_step,
+                seed=seed,
+            )
+            update = part.state()
+        return Payload(update, {"num_examples": bench.text.server.num_examples, **asdict(stats)})
 
     return Federation(
         transport=transport,
         controller=controller,
         rungs={EMULATOR_RUNG: bench.rung} if bench.rung is not None else {},
+        lora=_lora_aggregation(bench),
         optimizer=ServerOptimizer(
             fed.server_optimizer,
             fed.server_learning_rate,
@@ -232,3 +233,12 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
         num_rounds=fed.num_rounds,
         seed=config.seed,
     )
+
+
+def _lora_aggregation(bench: Bench) -> LoraAggregation:
+    fed, r = bench.config.federated, bench.config.adapter.r
+    if fed.lora_aggregation != "average":
+        check_only_pairs(bench.server.state())
+    ranks = zip(sorted(bench.participants), cycle(fed.client_ranks), strict=False)
+    lower = {client_id: rank for client_id, rank in ranks if rank < r}
+    return LoraAggregation(fed.lora_aggregation, lower)

@@ -29,7 +29,18 @@ def _as_is(config: Config) -> Config:
     return config
 
 
+def _plain_average(config: Config) -> Config:
+    """Leave out how LoRA is aggregated, where there is no LoRA or nobody to average with."""
+    plain = replace(config.federated, lora_aggregation="average", client_ranks=())
+    return replace(config, federated=plain)
+
+
+def _pooled(config: Config) -> Config:
+    return _full_model(_plain_average(config))
+
+
 def _whole_blocks(config: Config) -> Config:
+    config = _plain_average(config)
     return replace(config, adapter=replace(config.adapter, method="none"))
 
 
@@ -38,6 +49,7 @@ def _full_model(config: Config) -> Config:
 
 
 def _all_weights(config: Config) -> Config:
+    config = _plain_average(config)
     return _full_model(replace(config, adapter=replace(config.adapter, method="full")))
 
 
@@ -50,8 +62,8 @@ METHODS: dict[str, MethodPlan] = {
     "fed_eat": MethodPlan(_whole_blocks),
     "fed_peft": MethodPlan(_full_model),
     "fed_ft": MethodPlan(_all_weights),
-    "centralized": MethodPlan(_full_model, pools_data=True),
-    "local": MethodPlan(_as_is),
+    "centralized": MethodPlan(_pooled, pools_data=True),
+    "local": MethodPlan(_plain_average),
     "zero_shot": MethodPlan(_no_rounds),
 }
 

@@ -106,6 +106,7 @@ class TensorBoard(Silent):
             "quality/plug_in": quality.get("plug_in"),
             "train/loss": line["train_loss"],
             "train/update_norm": line["update_norm"],
+            "train/product_error": line["product_error"],
             "cost/bytes_down": line["bytes_down"],
             "cost/bytes_up": line["bytes_up"],
             "cost/round_seconds": line["seconds"],

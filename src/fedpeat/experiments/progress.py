@@ -14,6 +14,7 @@ from fedpeat.core.records import Controller, RoundResult
 from fedpeat.core.run_folder import Checkpoint
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.observer import Observer
+from fedpeat.federated.aggregation import LoraAggregation
 from fedpeat.federated.rounds import Federation, FederationState, is_better, peak_rss_bytes
 from fedpeat.tuning.evaluation import Quality, evaluate
 
@@ -96,6 +97,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "history": list(progress.history),
             "controller": dict(controller.state()),
             "held": {c: p.held for c, p in bench.participants.items()},
+            "kept": {c: p.kept for c, p in bench.participants.items()},
             "parent_sha256": bench.loaded.sha256,
         },
     )
@@ -109,8 +111,6 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         raise CheckpointError(
             "cannot resume: the model's weights are not those that the run began with"
         )
-    for client_id, held in saved["held"].items():
-        bench.participants[client_id].restore(held)
     controller.load_state(saved["controller"])
 
     def part(prefix: str) -> dict[str, np.ndarray]:
@@ -125,5 +125,10 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
     )
+    rule = bench.config.federated.lora_aggregation
+    parts = LoraAggregation(rule).lasting_parts(state.adapter)
+    for client_id, held in saved["held"].items():
+        kept = parts.get(saved["kept"][client_id], {})  # of an older adapter: of no use any more
+        bench.participants[client_id].restore(held, kept)
     bench.server.load(state.adapter)
     return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))

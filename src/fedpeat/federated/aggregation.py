@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedpeat.adapter.lora import Part, State, mean_of_products, part_of, truncated
 from fedpeat.core.errors import AggregationError
+from fedpeat.core.wire import digest
 
-__all__ = ["SERVER_OPTIMIZERS", "ServerOptimizer", "update_norm", "weighted_average"]
+__all__ = [
+    "SERVER_OPTIMIZERS",
+    "TUNED_PARTS",
+    "LoraAggregation",
+    "ServerOptimizer",
+    "update_norm",
+    "weighted_average",
+]
 
-State = Mapping[str, np.ndarray]
 Moments = dict[str, np.ndarray]
 
 
@@ -27,6 +35,17 @@ def weighted_average(states: Sequence[State], weights: Sequence[float]) -> dict[
         AggregationError: If there is nothing to average, a weight is negative or not finite, or all
             are 0.
     """
+    ratios = _ratios(states, weights)
+    average = {}
+    for name, first in states[0].items():
+        sums = np.zeros(first.shape, np.float64)
+        for state, ratio in zip(states, ratios, strict=True):
+            sums += ratio * state[name]
+        average[name] = sums.astype(first.dtype)
+    return average
+
+
+def _ratios(states: Sequence[State], weights: Sequence[float]) -> list[float]:
     if not states or len(states) != len(weights):
         raise AggregationError(
             f"want one weight for each of at least one update, got {len(states)} and {len(weights)}"
@@ -36,13 +55,71 @@ def weighted_average(states: Sequence[State], weights: Sequence[float]) -> dict[
         raise AggregationError(
             f"weights must be finite, 0 or more, and not all 0, got {list(weights)}"
         )
-    average = {}
-    for name, first in states[0].items():
-        sums = np.zeros(first.shape, np.float64)
-        for state, weight in zip(states, weights, strict=True):
-            sums += (weight / total) * state[name]
-        average[name] = sums.astype(first.dtype)
-    return average
+    return [weight / total for weight in weights]
+
+
+TUNED_PARTS: dict[str, tuple[Part, ...]] = {
+    "average": ("all",),
+    "ffa": ("lora_B",),
+    "rolora": ("lora_B", "lora_A"),  # B first: it starts at zero, and A has no gradient until then
+    "svd": ("all",),
+}
+"""What each way of aggregating LoRA tunes, round by round and over again."""
+
+
+@dataclass(frozen=True)
+class LoraAggregation:
+    """How the factors of LoRA are tuned and averaged.
+
+    The mean of products is the product of means, mean(B A) = mean(B) A, where A is the same for
+    all: "ffa" freezes A for good, "rolora" A and B in turn. "svd" takes the mean of products
+    itself. "average" averages A and B as if they had nothing to do with each other, which is only
+    nearly right; it also serves every adapter that is not LoRA.
+
+    Attributes:
+        rule: Name in ``TUNED_PARTS``.
+        client_ranks: Ranks of the devices that tune at a lower one than the adapter has; for "svd".
+
+    Source:
+        Zhang et al. (2024), FedIT ("average"); Sun et al. (2024), FFA-LoRA; Chen et al. (2025),
+        RoLoRA; Bai et al. (2024), FlexLoRA ("svd", and ranks that differ).
+    """
+
+    rule: str = "average"
+    client_ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def tuned_part(self, server_round: int) -> Part:
+        """Return the part of the adapter that a round tunes; rounds start at 1."""
+        parts = TUNED_PARTS[self.rule]
+        return parts[(server_round - 1) % len(parts)]
+
+    def lasting_parts(self, adapter: State) -> dict[str, State]:
+        """Return the parts of the adapter that outlast a round, by their hash.
+
+        What a round freezes need not be sent to a device that has it from an earlier one.
+        """
+        if TUNED_PARTS[self.rule] == ("all",):
+            return {}
+        parts = part_of(adapter, "lora_A"), part_of(adapter, "lora_B")
+        return {digest(part): part for part in parts}
+
+    def starts(self, client_ids: Sequence[str], adapter: State) -> dict[str, State]:
+        """Return the adapter that each device starts from: all of it, or the best of its rank."""
+        ranks = {c: self.client_ranks[c] for c in client_ids if c in self.client_ranks}
+        cut = {rank: truncated(adapter, rank) for rank in set(ranks.values())}
+        return {c: cut[ranks[c]] if c in ranks else adapter for c in client_ids}
+
+    def average(
+        self, states: Sequence[State], weights: Sequence[float], current: State
+    ) -> dict[str, np.ndarray]:
+        """Return the average of what a round tuned.
+
+        Raises:
+            AggregationError: As ``weighted_average``.
+        """
+        if self.rule == "svd":
+            return mean_of_products(states, _ratios(states, weights), current)
+        return weighted_average(states, weights)
 
 
 def update_norm(new: State, old: State) -> float:
@@ -76,8 +153,13 @@ class ServerOptimizer:
     def step(
         self, current: State, average: State, moments: Moments
     ) -> tuple[dict[str, np.ndarray], Moments]:
-        """Return the next adapter and the optimiser's new moments (empty at the start)."""
-        return SERVER_OPTIMIZERS[self.rule](self, current, average, moments)
+        """Return the next adapter and the optimiser's new moments (empty at the start).
+
+        Tensors that were not averaged stay as they are, and so do their moments.
+        """
+        tuned = {name: current[name] for name in average}
+        new, new_moments = SERVER_OPTIMIZERS[self.rule](self, tuned, average, moments)
+        return {**current, **new}, {**moments, **new_moments}
 
 
 def _fedavg(

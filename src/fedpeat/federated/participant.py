@@ -1,23 +1,26 @@
 """What a device does with a message: the same code behind every transport.
 
 Kinds of messages:
-    hello  what do you have?   -> client_id, num_examples, num_tokens, held emulators
+    hello  what do you have?   -> client_id, num_examples, num_tokens, held emulators; which of the
+                                  parts of the adapter that were asked for
     hold   here is an emulator -> its hash
-    train  tune this adapter   -> the tuned adapter, with losses and number of examples
+    train  tune this adapter   -> what was tuned of it, with losses and number of examples
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 
+from fedpeat.adapter.lora import Part, part_of
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import AdapterConfig
-from fedpeat.core.errors import EmulatorError, WireError
-from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.core.errors import AdapterError, EmulatorError, WireError
+from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.packing import PackedText
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.tuning.local import LocalSettings, train
@@ -46,9 +49,27 @@ def train_message(
     first_step: int,
     settings: LocalSettings,
     seed: int,
+    tuned: Part = "all",
+    left_out: str = "",
+    rank: int | None = None,
 ) -> bytes:
-    """Return the message that asks a device to tune the round's adapter."""
-    task = _Task(server_round, emulator, num_steps, first_step, settings, seed)
+    """Return the message that asks a device to tune the round's adapter.
+
+    Args:
+        adapter: Its tensors, without the part that is left out.
+        server_round: The round.
+        emulator: Hash of the emulator to tune it on.
+        num_steps: Steps to make.
+        first_step: Steps that the device made in earlier rounds.
+        settings: How to train.
+        seed: Seed of the device's batches and dropout.
+        tuned: Part to tune and to send back; the rest stays frozen.
+        left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
+        rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
+    """
+    task = _Task(
+        server_round, emulator, num_steps, first_step, settings, seed, tuned, left_out, rank
+    )
     return encode(Payload(adapter, asdict(task)))
 
 
@@ -62,6 +83,9 @@ class _Task:
     first_step: int
     settings: LocalSettings
     seed: int
+    tuned: Part
+    left_out: str
+    rank: int | None
 
 
 class EmulatorShelf:
@@ -119,6 +143,8 @@ class Participant:
         self._data = data
         self._shelf = shelf
         self._held: set[str] = set()
+        self._kept: Mapping[str, np.ndarray] = {}
+        self._kept_sha256 = ""
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
             "hello": self._hello,
             "hold": self._hold,
@@ -130,11 +156,17 @@ class Participant:
         """Hashes of the emulators held."""
         return sorted(self._held)
 
-    def restore(self, held: Sequence[str]) -> None:
-        """Hold again what a resumed run's device held; the shelf must have it."""
+    @property
+    def kept(self) -> str:
+        """Hash of the part of the adapter that its last task froze; empty for none."""
+        return self._kept_sha256
+
+    def restore(self, held: Sequence[str], kept: Mapping[str, np.ndarray]) -> None:
+        """Have again what a resumed run's device had; the shelf must hold its emulators."""
         for sha256 in held:
             self._shelf.get(sha256)
         self._held = set(held)
+        self._keep(kept)
 
     def handle(self, kind: str, content: bytes) -> bytes:
         """Answer one message.
@@ -142,19 +174,24 @@ class Participant:
         Raises:
             WireError: If the message cannot be understood.
             EmulatorError: If it needs an emulator that is damaged or not held.
+            AdapterError: If its adapter does not fit the emulator, or lacks what is not kept here.
         """
         if kind not in self._kinds:
             raise WireError(f"message kind must be one of {', '.join(self._kinds)}, got {kind!r}")
         return encode(self._kinds[kind](decode(content)))
 
     def _hello(self, payload: Payload) -> Payload:
-        del payload
         record = {
             "client_id": self.client_id,
             "num_examples": self._data.num_examples,
             "num_tokens": self._data.num_tokens,
             "held": self.held,
         }
+        asked = payload.record.get("parts", [])
+        if not isinstance(asked, list):
+            raise WireError(f"parts must be a list of hashes, got {asked!r}")
+        if self._kept_sha256 in asked:
+            record["kept"] = self._kept_sha256
         return Payload(record=record)
 
     def _hold(self, payload: Payload) -> Payload:
@@ -167,15 +204,20 @@ class Participant:
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
         tunable = self._shelf.get(task.emulator)
-        tunable.load(payload.arrays)
-        stats = train(
-            tunable,
-            self._data,
-            task.settings,
-            num_steps=task.num_steps,
-            first_step=task.first_step,
-            seed=task.seed,
-        )
+        adapter = self._whole(payload.arrays, task.left_out)
+        tunable.load(adapter, rank=task.rank)
+        tuned = part_of(adapter, task.tuned)
+        self._keep({name: array for name, array in adapter.items() if name not in tuned})
+        with tunable.only(tuned) as part:
+            stats = train(
+                part,
+                self._data,
+                task.settings,
+                num_steps=task.num_steps,
+                first_step=task.first_step,
+                seed=task.seed,
+            )
+            update = part.state()
         record = {
             "server_round": task.server_round,
             "emulator": task.emulator,
@@ -183,7 +225,16 @@ class Participant:
             **asdict(stats),
             "seconds": fixed_width(stats.seconds),
         }
-        return Payload(tunable.state(), record)
+        return Payload(update, record)
+
+    def _whole(self, arrays: Mapping[str, np.ndarray], left_out: str) -> dict[str, np.ndarray]:
+        """Return the adapter with the part that the server left out, since it is kept here."""
+        if left_out and left_out != self._kept_sha256:
+            raise AdapterError(f"{self.client_id} has not kept part {left_out[:12]} of the adapter")
+        return {**(self._kept if left_out else {}), **arrays}
+
+    def _keep(self, part: Mapping[str, np.ndarray]) -> None:
+        self._kept, self._kept_sha256 = part, digest(part) if part else ""
 
 
 def fixed_width(seconds: float) -> str:
@@ -197,8 +248,16 @@ def _read_task(record: Mapping[str, Any]) -> _Task:
         numbers = [record[key] for key in ("server_round", "num_steps", "first_step", "seed")]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise WireError(f"numbers of a train task must be whole and at least 0, got {numbers}")
-        if not isinstance(record["emulator"], str):
-            raise WireError(f"emulator must be a hash, got {record['emulator']!r}")
+        for key in ("emulator", "left_out"):
+            if not isinstance(record[key], str):
+                raise WireError(f"{key} must be a hash, got {record[key]!r}")
+        if record["tuned"] not in get_args(Part):
+            raise WireError(
+                f"tuned must be one of {', '.join(get_args(Part))}, got {record['tuned']!r}"
+            )
+        rank = record["rank"]
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise WireError(f"rank must be a whole number, at least 1, or null, got {rank!r}")
         return _Task(**{**record, "settings": LocalSettings(**record["settings"])})
     except (KeyError, TypeError) as error:
         raise WireError(f"not a train task: {error!r}") from error

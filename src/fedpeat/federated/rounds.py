@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedpeat.adapter.lora import Part, State, part_of, product_error
 from fedpeat.core.errors import AggregationError, WireError
 from fedpeat.core.records import (
     ClientPlan,
@@ -31,7 +32,7 @@ from fedpeat.core.records import (
 from fedpeat.core.seeds import derive_seed
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares, with_traffic
-from fedpeat.federated.aggregation import ServerOptimizer, update_norm, weighted_average
+from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
 from fedpeat.federated.screening import Limits, check_num_examples, shown
@@ -42,8 +43,9 @@ __all__ = ["SERVER_ID", "Federation", "FederationState", "Rung", "ServerTraining
 MAX_BARREN_ROUNDS = 3
 _MOST_REASONS = 3
 
-ServerTraining = Callable[[Mapping[str, np.ndarray], int, int, int], Payload]
-"""Trains the server's own part: (adapter, num_steps, first_step, seed) -> a reply of its own."""
+ServerTraining = Callable[[State, Part, int, int, int], Payload]
+"""Trains the server's own part: (adapter, tuned, num_steps, first_step, seed) -> a reply of its
+own."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Federation:
         transport: How devices are reached.
         controller: Who plans the rounds.
         rungs: Emulators by name.
+        lora: What is tuned in a round, and how it is averaged.
         optimizer: What is done with the average.
         limits: What an update may be.
         settings: How participants train.
@@ -89,6 +92,7 @@ class Federation:
         transport: Transport,
         controller: Controller,
         rungs: Mapping[str, Rung],
+        lora: LoraAggregation,
         optimizer: ServerOptimizer,
         limits: Limits,
         settings: LocalSettings,
@@ -102,6 +106,7 @@ class Federation:
         self._transport = transport
         self._controller = controller
         self._rungs = rungs
+        self._lora = lora
         self._optimizer = optimizer
         self._limits = limits
         self._settings = settings
@@ -128,18 +133,21 @@ class Federation:
         start = time.perf_counter()
         server_round = state.server_round + 1
         exchange = Exchange(self._transport, server_round, self._deadline_seconds)
-        clients, warnings = self._ask(state, exchange)
+        parts = self._lora.lasting_parts(state.adapter)
+        clients, warnings = self._ask(state, parts, exchange)
         observed = RoundObservation(
             server_round, self._num_rounds, tuple(clients.values()), quality
         )
         plan = self._controller.plan(observed)
         self._check_plan(server_round, plan, clients)
-        outcomes = self._train(state, plan, clients, exchange)
+        outcomes = self._train(state, plan, clients, parts, exchange)
         updates = [outcome for outcome in outcomes if outcome.accepted]
         weights: list[float] = []
+        error = None
         if len(updates) >= self._min_clients:
             weights = shares(updates, self._server_weight_ratio)
             new_state = self._aggregate(state, updates, weights)
+            error = product_error([{**state.adapter, **u.arrays} for u in updates], weights)
         else:
             shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
             new_state = self._barren(state, updates, shortage)
@@ -152,6 +160,7 @@ class Federation:
             server_round=server_round,
             train_loss=float(np.mean([u.mean_loss for u in updates])) if updates else None,
             update_norm=update_norm(new_state.adapter, state.adapter),
+            product_error=error,
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
             bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
@@ -162,23 +171,30 @@ class Federation:
         )
 
     def _ask(
-        self, state: FederationState, exchange: Exchange
+        self, state: FederationState, parts: Mapping[str, State], exchange: Exchange
     ) -> tuple[dict[str, ClientState], list[str]]:
         """Ask every node what it has; one that does not answer properly sits out, with a warning.
 
         Clients come in the order of their names, so that no draw depends on who answered first.
         """
         nodes = sorted(set(exchange.nodes()))
-        replies = exchange.collect("hello", dict.fromkeys(nodes, encode(Payload())))
+        question = Payload(record={"parts": list(parts)} if parts else {})
+        replies = exchange.collect("hello", dict.fromkeys(nodes, encode(question)))
         clients, warnings = {}, []
         for node in nodes:
             try:
-                clients[node] = self._client_state(node, replies.get(node), state)
+                clients[node] = self._client_state(node, replies.get(node), state, parts)
             except WireError as error:
                 warnings.append(f"{shown(node)} sits out: {error}")
         return clients, warnings
 
-    def _client_state(self, node: str, reply: Reply | None, state: FederationState) -> ClientState:
+    def _client_state(
+        self,
+        node: str,
+        reply: Reply | None,
+        state: FederationState,
+        parts: Mapping[str, State],
+    ) -> ClientState:
         if node == SERVER_ID:
             raise WireError(f"no device may be called {SERVER_ID!r}")
         if reply is None or reply.content is None:
@@ -189,7 +205,9 @@ class Federation:
         if not isinstance(held, list) or not all(isinstance(sha256, str) for sha256 in held):
             raise WireError(f"held must be a list of hashes, got {shown(held)}")
         rungs = tuple(name for name, rung in self._rungs.items() if rung.sha256 in held)
-        return ClientState(node, record["num_examples"], rungs, state.last_losses.get(node))
+        kept = next((sha256 for sha256 in parts if sha256 == record.get("kept")), "")
+        last_loss = state.last_losses.get(node)
+        return ClientState(node, record["num_examples"], rungs, last_loss, kept)
 
     def _check_plan(
         self, server_round: int, plan: RoundPlan, clients: Mapping[str, ClientState]
@@ -218,10 +236,13 @@ class Federation:
         state: FederationState,
         plan: RoundPlan,
         clients: Mapping[str, ClientState],
+        parts: Mapping[str, State],
         exchange: Exchange,
     ) -> list[Outcome]:
         """Let the cohort train, and the server meanwhile; return what came of each, as planned."""
         server_round = state.server_round + 1
+        tuned = self._lora.tuned_part(server_round)
+        starts = self._lora.starts([client.client_id for client in plan.cohort], state.adapter)
         unequipped = self._exchange_emulators(plan, clients, exchange)
         ready = [client for client in plan.cohort if client.client_id not in unequipped]
         own: list[Payload] = []
@@ -229,7 +250,13 @@ class Federation:
             **exchange.collect(
                 "train",
                 {
-                    client.client_id: self._train_task(state, server_round, client)
+                    client.client_id: self._train_task(
+                        server_round,
+                        client,
+                        starts[client.client_id],
+                        clients[client.client_id].kept_part,
+                        parts,
+                    )
                     for client in ready
                 },
                 meanwhile=lambda: own.extend(self._train_server(state, server_round, plan)),
@@ -240,9 +267,11 @@ class Federation:
         for client in plan.cohort:
             expected = {"server_round": server_round, "emulator": self._rungs[client.rung].sha256}
             reply = replies.pop(client.client_id, None)  # its bytes are free once it is decoded
-            outcome = judge(client.client_id, reply, state.adapter, expected, self._limits)
+            start = part_of(starts[client.client_id], tuned)
+            outcome = judge(client.client_id, reply, start, expected, self._limits)
             outcomes.append(with_traffic(outcome, exchange.traffic[client.client_id]))
-        outcomes += [admit(SERVER_ID, payload, state.adapter, {}, self._limits) for payload in own]
+        start = part_of(state.adapter, tuned)
+        outcomes += [admit(SERVER_ID, payload, start, {}, self._limits) for payload in own]
         return outcomes
 
     def _exchange_emulators(
@@ -258,15 +287,25 @@ class Federation:
         answers = {client_id: replies.get(client_id) for client_id in lacking}
         return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
 
-    def _train_task(self, state: FederationState, server_round: int, client: ClientPlan) -> bytes:
+    def _train_task(
+        self,
+        server_round: int,
+        client: ClientPlan,
+        start: State,
+        kept: str,
+        parts: Mapping[str, State],
+    ) -> bytes:
         return train_message(
-            state.adapter,
+            {name: array for name, array in start.items() if name not in parts.get(kept, {})},
             server_round=server_round,
             emulator=self._rungs[client.rung].sha256,
             num_steps=client.local_steps,
-            first_step=state.server_round * client.local_steps,
+            first_step=(server_round - 1) * client.local_steps,
             settings=self._settings,
             seed=derive_seed(self._seed, "client", client.client_id),
+            tuned=self._lora.tuned_part(server_round),
+            left_out=kept,
+            rank=self._lora.client_ranks.get(client.client_id),
         )
 
     def _train_server(
@@ -276,12 +315,13 @@ class Federation:
             return []
         first_step = (server_round - 1) * plan.server_steps
         seed = derive_seed(self._seed, "client", SERVER_ID)
-        return [self._server_training(state.adapter, plan.server_steps, first_step, seed)]
+        tuned = self._lora.tuned_part(server_round)
+        return [self._server_training(state.adapter, tuned, plan.server_steps, first_step, seed)]
 
     def _aggregate(
         self, state: FederationState, updates: list[Outcome], weights: list[float]
     ) -> FederationState:
-        average = weighted_average([u.arrays for u in updates], weights)
+        average = self._lora.average([u.arrays for u in updates], weights, state.adapter)
         adapter, moments = self._optimizer.step(state.adapter, average, dict(state.moments))
         return FederationState(
             state.server_round + 1, adapter, moments, _losses_after(state, updates)

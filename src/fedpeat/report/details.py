@@ -60,6 +60,12 @@ _GLOSSARY: Final = (
     ),
     ("Update norm", "How far one round moved the adapter (Euclidean distance)."),
     (
+        "Product error",
+        "How far the product of LoRA's averaged factors is from the average of their products, "
+        "as a share of the latter (Frobenius norms); 0 where one factor is frozen. With "
+        "aggregation by SVD, what averaging the factors would have cost.",
+    ),
+    (
         "Accepted, rejected",
         "The update counted, or the server refused it (not finite, too large, malformed).",
     ),
@@ -153,6 +159,7 @@ def rounds_section(run: RunData) -> Html:
         f"Plug-in {run.metric}",
         "Train loss",
         "Update norm",
+        "Product error",
         "Accepted",
         "Tokens",
         "Down",
@@ -180,6 +187,7 @@ def _round_row(record: RoundRecord, metric: str) -> Html:
         quality_text(record.plug_in, metric) if record.is_evaluated else "-",
         number_text(record.train_loss) if is_tuning else "-",
         number_text(record.update_norm, 3) if is_tuning else "-",
+        number_text(record.product_error, 3) if record.product_error is not None else "-",
         f"{accepted} of {len(record.participants)}" if is_tuning else "-",
         *(
             count_text(record.num_tokens),

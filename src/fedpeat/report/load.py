@@ -141,6 +141,7 @@ def _round(fields: Fields, quality: Fields | None) -> RoundRecord:
         plug_in_bits_per_byte=quality.number("plug_in_bits_per_byte") if quality else None,
         train_loss=fields.number("train_loss"),
         update_norm=fields.number("update_norm"),
+        product_error=fields.amount("product_error"),
         participants=tuple(_participation(item) for item in fields.children("participants")),
         bytes_down=fields.amount("bytes_down"),
         bytes_up=fields.amount("bytes_up"),

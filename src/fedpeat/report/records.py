@@ -68,6 +68,7 @@ class RoundRecord:
     plug_in_bits_per_byte: float | None = None
     train_loss: float | None = None
     update_norm: float | None = None
+    product_error: float | None = None
     participants: tuple[Participation, ...] = ()
     bytes_down: float | None = None
     bytes_up: float | None = None
