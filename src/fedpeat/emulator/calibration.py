@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from fedpeat.core.errors import EmulatorError
 from fedpeat.model.blocks import Blocks
 
-__all__ = ["Batch", "block_states", "evaluation_mode", "first_tensor", "mean_loss_of"]
+__all__ = ["Batch", "block_states", "first_tensor", "mean_loss_of"]
 
 Batch = Mapping[str, Tensor]
 """A network's inputs by name, ``labels`` among them, so that its output has a ``loss``."""
@@ -89,15 +88,3 @@ def first_tensor(value: Any) -> Tensor:
         if isinstance(item, Tensor):
             return item
     raise EmulatorError("a block takes or gives no tensor; its hidden states cannot be compared")
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpeat.config.recipe import Step
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch, evaluation_mode
+from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.cka import select_by_cka
 from fedpeat.emulator.gradient import select_by_gradient
 from fedpeat.emulator.greedy import select_greedily
@@ -16,6 +16,7 @@ from fedpeat.emulator.influence import select_by_influence
 from fedpeat.emulator.layer_drop import select_evenly
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import required_blocks
+from fedpeat.model.modes import evaluating
 
 __all__ = ["SELECTIONS", "choose_blocks", "needs_text"]
 
@@ -65,17 +66,15 @@ def choose_blocks(
             f"emulator.recipe {step} looks at text of the server and got none; raise "
             "data.server_ratio above 0, or use layer_drop"
         )
-    with evaluation_mode(model):
+    with evaluating(model):
         kept = {*tuned, *required_blocks(model, blocks, batches[0] if batches else None)}
         if len(kept) == blocks.num_blocks:
             raise EmulatorError(
                 f"there are no blocks to compress: {len(set(tuned))} of {blocks.num_blocks} are "
                 f"tuned and the architecture needs the others; tune fewer blocks"
             )
-        start = 0
-        for item in blocks.lists:
+        for item, start in blocks.starts:
             candidates = [i for i in range(start, start + item.num_blocks) if i not in kept]
-            start += item.num_blocks
             if candidates:
                 number = max(1, int(step.value * len(candidates) + 1e-9))
                 select = SELECTIONS[step.name]

@@ -8,6 +8,7 @@ such lists.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,12 @@ class Blocks:
         return sum(item.num_blocks for item in self.lists)
 
     @property
+    def starts(self) -> list[tuple[BlockList, int]]:
+        """Return each list with the index of its first block."""
+        ends = itertools.accumulate((item.num_blocks for item in self.lists), initial=0)
+        return list(zip(self.lists, ends, strict=False))
+
+    @property
     def paths(self) -> str:
         """Return the lists' names for people to read."""
         return ", ".join(path for item in self.lists for path in item.paths)
@@ -65,16 +72,10 @@ class Blocks:
         Raises:
             SplitError: If there is no such block.
         """
-        for item, place in zip(self.lists, self._places(index), strict=True):
-            if 0 <= place < item.num_blocks:
-                return tuple(f"{path}.{place}" for path in item.paths)
+        for item, start in self.starts:
+            if 0 <= index - start < item.num_blocks:
+                return tuple(f"{path}.{index - start}" for path in item.paths)
         raise SplitError(f"blocks are numbered from 0 to {self.num_blocks - 1}, got {index}")
-
-    def _places(self, index: int) -> list[int]:
-        starts = [0]
-        for item in self.lists:
-            starts.append(starts[-1] + item.num_blocks)
-        return [index - start for start in starts[:-1]]
 
     def parts(self, model: nn.Module, index: int) -> list[tuple[str, nn.Module]]:
         """Return the modules of one block with their dotted names."""
@@ -104,23 +105,19 @@ class Blocks:
             raise SplitError(
                 f"kept blocks must be rising indices below {self.num_blocks}, got {list(kept)}"
             )
-        selected, start = [], 0
-        for item in self.lists:
-            number = sum(start <= index < start + item.num_blocks for index in kept)
-            if number == 0:
+        selected = []
+        for item, own in self.members(kept):
+            if not own:
                 raise SplitError(f"{item.paths[0]} must keep at least one block, got {list(kept)}")
-            selected.append(BlockList(item.paths, number))
-            start += item.num_blocks
+            selected.append(BlockList(item.paths, len(own)))
         return Blocks(tuple(selected))
 
     def members(self, kept: Sequence[int]) -> list[tuple[BlockList, list[int]]]:
         """Return each list with the kept ones of its own members, counted from its own start."""
-        result, start = [], 0
-        for item in self.lists:
-            own = [i - start for i in kept if start <= i < start + item.num_blocks]
-            result.append((item, own))
-            start += item.num_blocks
-        return result
+        return [
+            (item, [i - start for i in kept if start <= i < start + item.num_blocks])
+            for item, start in self.starts
+        ]
 
     def rename(
         self, names: Iterable[str], target: Blocks, index_map: Mapping[int, int]
@@ -155,11 +152,9 @@ class Blocks:
         match = self._pattern.search(name)
         if match is None:
             return None
-        start = 0
-        for item in self.lists:
+        for item, start in self.starts:
             if match[2] in item.paths:
                 return start + int(match[3]), item.paths.index(match[2]), *match.span(1)
-            start += item.num_blocks
         return None
 
 

@@ -50,19 +50,18 @@ def required_blocks(
         batch: Inputs to trace a call with; without them shapes are not looked at.
     """
     required = []
-    for item, members in blocks.members(range(blocks.num_blocks)):
-        first = blocks.num_blocks if not members else _start_of(blocks, item)
+    for item, start in blocks.starts:
         kinds = [
             tuple(
                 name
                 for path in item.paths
                 for name, _ in model.get_submodule(f"{path}.{i}").named_parameters()
             )
-            for i in members
+            for i in range(item.num_blocks)
         ]
         counts = Counter(kinds)
         if len(counts) > 1:
-            required += [first + i for i, kind in enumerate(kinds) if counts[kind] == 1]
+            required += [start + i for i, kind in enumerate(kinds) if counts[kind] == 1]
     return sorted(
         {
             *required,
@@ -127,15 +126,6 @@ def _sharing_blocks(model: nn.Module, blocks: Blocks) -> set[int]:
             for parameter in part.parameters():
                 holders.setdefault(id(parameter), set()).add(index)
     return {index for sharing in holders.values() if len(sharing) > 1 for index in sharing}
-
-
-def _start_of(blocks: Blocks, wanted: BlockList) -> int:
-    start = 0
-    for item in blocks.lists:
-        if item is wanted:
-            return start
-        start += item.num_blocks
-    raise SplitError(f"{wanted.paths} is no list of {blocks.paths}")
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from fedpeat.data.packing import PackedText
+from fedpeat.model.modes import evaluating
 from fedpeat.tuning.loss import autocast, batch_of, token_losses
 
 __all__ = ["Quality", "evaluate", "evaluating"]
@@ -49,18 +48,6 @@ class Quality:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def evaluate(model: nn.Module, data: PackedText, batch_size: int) -> Quality:
