@@ -26,7 +26,7 @@ import transformers
 
 from fedpeat.config.loading import config_from_dict
 from fedpeat.core.run_folder import RunFolder
-from fedpeat.data.federation import FederatedText
+from fedpeat.data.examples import FederatedData
 from fedpeat.data.packing import PackedText
 from fedpeat.experiments.bench import make_controller, make_federation, set_up
 from fedpeat.experiments.observer import Silent
@@ -83,7 +83,7 @@ def measure(model: str, r: int, num_devices: int) -> dict[str, Any]:
         )
         own = {f"device-{i:04d}": text(BLOCKS_PER_DEVICE, i) for i in range(num_devices)}
         held_out = text(8, num_devices)
-        federated = FederatedText(own, held_out, held_out, held_out)
+        federated = FederatedData(own, held_out, held_out, held_out)
         bench = set_up(config, RunFolder(Path(folder)), Silent(), federated, pools_data=False)
         before = peak_rss_bytes()
         federation = make_federation(bench, make_controller(bench))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedpeat.config.schema import DataConfig, Partition
 from fedpeat.core.errors import ConfigError, DataError
-from fedpeat.data import FederatedText, PackedText, load_federated_text
+from fedpeat.data import FederatedData, PackedText, load_federated_text
 from fedpeat.data.federation import load_federated_documents
 
 WORDS = "the cat sat on the mat and the dog sat on the log"
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig(source=str(path), key_field="who", label_field="kind", block_size=16)
 
 
-def num_blocks(text: FederatedText) -> dict[str, int]:
+def num_blocks(text: FederatedData[PackedText]) -> dict[str, int]:
     return {name: packed.num_examples for name, packed in text.clients.items()}
 
 

@@ -10,7 +10,7 @@ def documents(counts: dict[str, int]) -> list[Document]:
     return [Document(f"{key}{i}", key=key) for key, n in counts.items() for i in range(n)]
 
 
-def draw(pool: list[Document], seed: int = 0, *, by_key: bool = True) -> HeldOut:
+def draw(pool: list[Document], seed: int = 0, *, by_key: bool = True) -> HeldOut[Document]:
     return hold_out(
         pool, validation_ratio=0.2, test_ratio=0.1, server_ratio=0.1, by_key=by_key, seed=seed
     )

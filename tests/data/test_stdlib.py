@@ -8,15 +8,15 @@ import pytest
 
 from fedpeat.config.schema import DataConfig
 from fedpeat.core.errors import DataError
-from fedpeat.data.documents import Corpus
+from fedpeat.data.documents import Corpus, Document
 from fedpeat.data.stdlib import SERVER, read_stdlib
 
 
-def read(config: DataConfig | None = None, seed: int = 0) -> Corpus:
+def read(config: DataConfig | None = None, seed: int = 0) -> Corpus[Document]:
     return read_stdlib(config or DataConfig(), seed)
 
 
-def owners(corpus: Corpus) -> list[str]:
+def owners(corpus: Corpus[Document]) -> list[str]:
     return list(dict.fromkeys(document.key for document in corpus.documents))
 
 

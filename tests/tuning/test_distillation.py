@@ -17,7 +17,7 @@ from fedpeat.tuning.distillation import (
     hidden_error,
     measure_fidelity,
 )
-from fedpeat.tuning.loss import batch_of, mean_loss
+from fedpeat.tuning.loss import Batch, batch_of, mean_loss
 from tiny import random_text, tiny_model
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def middle(of: Pair) -> list[nn.Parameter]:
     return list(of.student_block.parameters())
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Batch:
     data = random_text()
     return batch_of(data, torch.arange(4).numpy(), CPU)
 
@@ -46,7 +46,7 @@ def gradient(of: Pair, lm_weight: float, hidden_weight: float) -> Tensor:
     for parameter in middle(of):
         parameter.requires_grad_(True)
         parameter.grad = None
-    distillation_loss(of, *batch(), lm_weight=lm_weight, hidden_weight=hidden_weight).backward()
+    distillation_loss(of, batch(), lm_weight=lm_weight, hidden_weight=hidden_weight).backward()
     return torch.cat([p.grad.flatten() for p in middle(of) if p.grad is not None])
 
 
@@ -66,8 +66,8 @@ def test_a_weight_of_zero_switches_off_that_term_alone() -> None:
     of = pair()
     both, lm, hidden = gradient(of, 1.0, 2.0), gradient(of, 1.0, 0.0), gradient(of, 0.0, 2.0)
     torch.testing.assert_close(both, lm + hidden, rtol=1e-4, atol=1e-6)
-    lm_alone = distillation_loss(of, *batch(), lm_weight=1.0, hidden_weight=0.0)
-    assert lm_alone.item() == mean_loss(of.student, *batch()).item()
+    lm_alone = distillation_loss(of, batch(), lm_weight=1.0, hidden_weight=0.0)
+    assert lm_alone.item() == mean_loss(of.student, batch()).item()
 
 
 def test_an_emulator_of_every_block_has_no_hidden_error() -> None:

@@ -22,12 +22,14 @@ __all__ = [
     "Method",
     "ModelConfig",
     "ServerConfig",
+    "Task",
 ]
 
 Method = Literal["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "zero_shot"]
 Placement = Literal["ends", "top", "all"]
 PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
 Partition = Literal["natural", "iid", "dirichlet"]
+Task = Literal["causal_lm", "image_classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
@@ -58,6 +60,9 @@ class ModelConfig:
     name: str = "bundled"
     """Hub name (gpt2, facebook/opt-1.3b, ...), local folder, or "bundled" for the model that ships
     with fedpeat."""
+    task: Task = "causal_lm"
+    """What it does: causal_lm (next tokens of text, measured by perplexity) or image_classification
+    (a class for each image, measured by accuracy; its head must know the classes)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     dtype: DType = "auto"
@@ -69,24 +74,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "model.name", "a Hub name, a folder or 'bundled'", self.name)
+        _require_choice("model.task", Task, self.task)
         _require_choice("model.dtype", DType, self.dtype)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Who owns which text."""
+    """Who owns which text or images."""
 
     source: str = "stdlib"
     """"stdlib" (this Python's own source, offline), a local .txt/.jsonl/.json/.csv/.parquet file,
-    folder or glob, or the name of a Hub dataset."""
+    folder or glob, or the name of a Hub dataset. For images: a folder or archive (.tar.gz, .zip,
+    ...) with a folder for each class, or a dataset with images."""
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     split: str = "train"
-    """Split of a Hub dataset to tune on."""
+    """Split of a Hub dataset, or folder with folders of classes, to tune on."""
     validation_source: str | None = None
-    """File or Hub split for validation; without it, documents are held out by validation_ratio."""
+    """File or split for validation; without it, documents are held out by validation_ratio."""
     test_source: str | None = None
-    """File or Hub split for the test; without it, documents are held out by test_ratio."""
+    """File or split for the test; without it, documents are held out by test_ratio."""
     text_field: str = "text"
     """Field with the text to learn (the answer, for instruction data)."""
     prompt_field: str | None = None
@@ -97,7 +104,10 @@ class DataConfig:
     """Field naming the natural owner of a record (speaker, hospital, ...); a file name where there
     is none."""
     label_field: str | None = None
-    """Field with the label that a Dirichlet partition skews."""
+    """Field with the label that a Dirichlet partition skews, and the class of an image ("label" if
+    not given)."""
+    image_field: str = "image"
+    """Column of a dataset with the images."""
     partition: Partition = "natural"
     """How documents are shared out: natural (by key), iid, or dirichlet (by label with alpha)."""
     alpha: float = 0.5
@@ -115,9 +125,12 @@ class DataConfig:
     block_size: int = 128
     """Tokens in a training block."""
     max_tokens_per_client: int | None = None
-    """Cap on each device's tokens."""
+    """Cap on each device's tokens of text."""
+    max_examples_per_client: int | None = None
+    """Cap on each device's examples: blocks of text, or images."""
     max_eval_blocks: int = 256
-    """Most blocks of the validation and of the test split that are scored."""
+    """Most examples (blocks of text, images) of the validation and of the test split that are
+    scored."""
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", "stdlib, a path or a dataset name", self.source)
@@ -144,6 +157,8 @@ class DataConfig:
             "at least one block",
             cap,
         )
+        most = self.max_examples_per_client
+        _require(most is None or most >= 1, "data.max_examples_per_client", "at least 1", most)
         _require(
             self.max_eval_blocks >= 1, "data.max_eval_blocks", "at least 1", self.max_eval_blocks
         )
@@ -156,21 +171,21 @@ class EmulatorConfig:
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
-    ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text. For
-    example greedy:0.5+distill:200000."""
+    ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text (each
+    of its images counts as one). For example greedy:0.5+distill:200000."""
     calibration_tokens: int = 16384
-    """Tokens of the server's own text that a choice of blocks looks at."""
+    """Tokens of the server's own text, or images, that a choice of blocks looks at."""
     dtype: DType = "auto"
     """Type in which the emulator is stored and sent; auto takes the type of the model's own
     file."""
     distill_lm_weight: float = 1.0
-    """Weight of the language-modelling loss in distillation."""
+    """Weight of the task's own loss (language modelling, or classes) in distillation."""
     distill_hidden_weight: float = 30.0
     """Weight of the normalised hidden-state error in distillation."""
     distill_learning_rate: float = 1e-4
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
-    """Blocks in a distillation batch."""
+    """Blocks of text, or images, in a distillation batch."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -261,7 +276,7 @@ class LocalConfig:
     local_steps: int = 10
     """Optimiser steps of a device in a round; exact."""
     local_batch_size: int = 8
-    """Blocks in a batch."""
+    """Blocks of text, or images, in a batch."""
     local_learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 0
@@ -417,7 +432,7 @@ class EvaluationConfig:
     """Rounds between evaluations of the plug-in on the validation split; the last round is always
     evaluated."""
     batch_size: int = 16
-    """Blocks scored at once."""
+    """Blocks of text, or images, scored at once."""
     full_tuned: bool = True
     """Also tune the full model itself with the same method and budget: the upper bound that
     gap_closed needs."""
@@ -444,7 +459,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The full model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Who owns which text."""
+    """Who owns which text or images."""
     emulator: EmulatorConfig = field(default_factory=EmulatorConfig)
     """The stand-in that devices hold."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

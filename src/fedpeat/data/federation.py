@@ -1,38 +1,28 @@
-"""The text of a federation: read, held out, shared out and packed."""
+"""The text of a federation: read, held out, shared out and packed; and the sharing out of all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from fedpeat.config.schema import DataConfig
 from fedpeat.core.errors import DataError
-from fedpeat.data.documents import Document, FederatedDocuments
+from fedpeat.data.documents import Corpus, Document, FederatedDocuments, Owned
+from fedpeat.data.examples import FederatedData
 from fedpeat.data.holdout import generator, hold_out
 from fedpeat.data.packing import PackedText, TokenStream, tokenize
 from fedpeat.data.partition import PARTITIONERS, largest_owners, require_partition_settings
 from fedpeat.data.sources import read_corpus
 
-__all__ = ["FederatedText", "load_federated_documents", "load_federated_text"]
+__all__ = ["load_federated_documents", "load_federated_text", "share_out"]
 
 _MAX_NAMED = 5
 
 
-@dataclass(frozen=True)
-class FederatedText:
-    """Packed text of every client, of the server (None without text) and of the held-out splits."""
-
-    clients: dict[str, PackedText]
-    server: PackedText | None
-    validation: PackedText
-    test: PackedText
-
-
 def load_federated_text(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> FederatedText:
+) -> FederatedData[PackedText]:
     """Read the source, hold documents out, share the others out to clients, and pack everything.
 
     Raises:
@@ -44,7 +34,7 @@ def load_federated_text(
         name: _pack_held_out(name, split, tokenizer, config)
         for name, split in (("validation", documents.validation), ("test", documents.test))
     }
-    return FederatedText(
+    return FederatedData(
         clients=_pack_clients(documents.clients, tokenizer, config),
         server=_pack_server(documents.server, tokenizer, config),
         validation=held_out["validation"],
@@ -52,14 +42,18 @@ def load_federated_text(
     )
 
 
-def load_federated_documents(config: DataConfig, seed: int) -> FederatedDocuments:
-    """Read the source and share its documents out; nothing is tokenized yet.
+def load_federated_documents(config: DataConfig, seed: int) -> FederatedDocuments[Document]:
+    """Read the source and share its documents out; nothing is tokenized yet."""
+    require_partition_settings(config)
+    return share_out(read_corpus(config, seed), config, seed)
+
+
+def share_out(corpus: Corpus[Owned], config: DataConfig, seed: int) -> FederatedDocuments[Owned]:
+    """Hold out what the source does not, and share the rest out to clients.
 
     A natural partition with ``num_clients`` takes the owners with the most text and drops the
     others before anything is held out, so that the held-out text is of the owners that take part.
     """
-    require_partition_settings(config)
-    corpus = read_corpus(config, seed)
     pool = corpus.documents
     if config.partition == "natural":
         pool = largest_owners(pool, config.num_clients)
@@ -82,14 +76,12 @@ def load_federated_documents(config: DataConfig, seed: int) -> FederatedDocument
     )
 
 
-def _first_given(
-    own: Sequence[Document] | None, drawn: tuple[Document, ...]
-) -> tuple[Document, ...]:
+def _first_given(own: Sequence[Owned] | None, drawn: tuple[Owned, ...]) -> tuple[Owned, ...]:
     return drawn if own is None else tuple(own)
 
 
 def _pack_clients(
-    clients: dict[str, tuple[Document, ...]],
+    clients: Mapping[str, tuple[Document, ...]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> dict[str, PackedText]:
@@ -99,6 +91,8 @@ def _pack_clients(
     if config.max_tokens_per_client is not None:
         max_blocks = config.max_tokens_per_client // config.block_size
         packed = {name: text.spread(max_blocks) for name, text in packed.items()}
+    if config.max_examples_per_client is not None:
+        packed = {n: text.spread(config.max_examples_per_client) for n, text in packed.items()}
     for name, text in packed.items():
         _require_targets(f"client {name!r}", text)
     return packed

@@ -106,7 +106,7 @@ def _hint(path: Path) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def read_files(config: DataConfig, _seed: int) -> Corpus:
+def read_files(config: DataConfig, _seed: int) -> Corpus[Document]:
     """Read local files; without ``key_field``, a file's name is the key of its documents."""
     # Where a file is an owner it has to be divisible, so that every owner can hold some out.
     divisible = config.partition == "natural"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
-from fedpeat.data.documents import Document
+from fedpeat.data.documents import Owned, Shared_co
 
 __all__ = ["HeldOut", "generator", "group_by_key", "hold_out", "split_counts"]
 
@@ -19,22 +20,22 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def group_by_key(documents: Sequence[Document]) -> dict[str, list[Document]]:
+def group_by_key(documents: Sequence[Owned]) -> dict[str, list[Owned]]:
     """Return the documents of each key, keys in the order of their first document."""
-    groups: dict[str, list[Document]] = {}
+    groups: dict[str, list[Owned]] = {}
     for document in documents:
         groups.setdefault(document.key, []).append(document)
     return groups
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Generic[Shared_co]):
     """Disjoint parts that together are all documents, each in the documents' own order."""
 
-    validation: tuple[Document, ...]
-    test: tuple[Document, ...]
-    server: tuple[Document, ...]
-    rest: tuple[Document, ...]
+    validation: tuple[Shared_co, ...]
+    test: tuple[Shared_co, ...]
+    server: tuple[Shared_co, ...]
+    rest: tuple[Shared_co, ...]
 
 
 def split_counts(num_documents: int, ratios: Sequence[float]) -> list[int]:
@@ -54,14 +55,14 @@ def split_counts(num_documents: int, ratios: Sequence[float]) -> list[int]:
 
 
 def hold_out(
-    documents: Sequence[Document],
+    documents: Sequence[Owned],
     *,
     validation_ratio: float,
     test_ratio: float,
     server_ratio: float,
     by_key: bool,
     seed: int,
-) -> HeldOut:
+) -> HeldOut[Owned]:
     """Draw the held-out documents.
 
     Args:
@@ -74,7 +75,7 @@ def hold_out(
         seed: Seed of the draw.
     """
     ratios = (validation_ratio, test_ratio, server_ratio)
-    parts: tuple[list[Document], ...] = ([], [], [], [])
+    parts: tuple[list[Owned], ...] = ([], [], [], [])
     groups = group_by_key(documents) if by_key else {"": list(documents)}
     for key, group in groups.items():
         order = generator(seed, f"hold out:{key}").permutation(len(group))

@@ -11,7 +11,7 @@ from fedpeat.data.documents import Corpus, Document
 from fedpeat.data.files import expand_home
 from fedpeat.data.records import Fields, Record, documents_from_records, require_fields
 
-__all__ = ["is_dataset_folder", "read_hub", "read_split"]
+__all__ = ["is_dataset_folder", "load_split", "read_hub", "read_split"]
 
 DATASET_CARD = "README.md"
 
@@ -26,7 +26,7 @@ def is_dataset_folder(source: str) -> bool:
         return False
 
 
-def read_hub(config: DataConfig, _seed: int) -> Corpus:
+def read_hub(config: DataConfig, _seed: int) -> Corpus[Document]:
     """Read ``data.split`` of a Hub dataset."""
     fields = Fields.of(config)
     return Corpus(documents=read_split(config.source, config.subset, config.split, fields))
@@ -38,7 +38,7 @@ def read_split(name: str, subset: str | None, split: str, fields: Fields) -> tup
     Raises:
         DataError: If the dataset cannot be loaded, lacks a field or has no text.
     """
-    rows = _load(name, subset, split)
+    rows = load_split(name, subset, split)
     where = f"dataset {name!r}, split {split!r}"
     require_fields(where, rows.column_names, fields)
     documents = tuple(documents_from_records(_records(where, rows, fields), fields))
@@ -47,7 +47,7 @@ def read_split(name: str, subset: str | None, split: str, fields: Fields) -> tup
     return documents
 
 
-def _load(name: str, subset: str | None, split: str) -> Any:
+def load_split(name: str, subset: str | None, split: str) -> Any:
     # Imported here because it takes seconds, and only Hub datasets need it.
     import datasets  # noqa: PLC0415
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from fedpeat.core.errors import DataError
 from fedpeat.data.documents import Document
+from fedpeat.data.examples import IGNORED
 
 __all__ = ["PackedText", "TokenStream", "bytes_by_offset", "pack", "tokenize"]
 
@@ -19,7 +21,7 @@ _BATCH_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True, eq=False)
 class PackedText:
-    """Blocks of tokens, full to the last place.
+    """Blocks of tokens, full to the last place: examples of predicting the next token.
 
     Attributes:
         input_ids: Tokens.
@@ -33,9 +35,16 @@ class PackedText:
     loss_mask: Bool[np.ndarray, "blocks block_size"]
     token_bytes: Int32[np.ndarray, "blocks block_size"]
 
+    shift: ClassVar[int] = 1
+    options: ClassVar[Mapping[str, bool]] = {"use_cache": False}
+
     @property
     def num_examples(self) -> int:
         return int(self.input_ids.shape[0])
+
+    @property
+    def tokens_per_example(self) -> int:
+        return int(self.input_ids.shape[1])
 
     @property
     def num_tokens(self) -> int:
@@ -45,6 +54,18 @@ class PackedText:
     def num_targets(self) -> int:
         """Tokens that a loss can be taken of, which leaves out the first of each block."""
         return int(self.loss_mask[:, 1:].sum())
+
+    def inputs(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tokens of some blocks as a network takes them."""
+        return {"input_ids": self.input_ids[rows].astype(np.int64)}
+
+    def labels(self, rows: np.ndarray) -> Int64[np.ndarray, "rows block_size"]:
+        """Return the tokens of some blocks, ``IGNORED`` where they are no targets."""
+        return np.where(self.loss_mask[rows], self.input_ids[rows], IGNORED).astype(np.int64)
+
+    def num_bytes(self, rows: np.ndarray) -> int:
+        """Return the bytes of text that the targets of some blocks stand for [bytes]."""
+        return int((self.token_bytes[rows] * self.loss_mask[rows])[:, 1:].sum())
 
     def head(self, n: int) -> PackedText:
         """Return the first ``n`` blocks, or all if there are fewer."""

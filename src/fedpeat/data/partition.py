@@ -1,36 +1,53 @@
-"""Sharing documents out to clients, one function per partition."""
+"""Sharing documents (or images) out to clients, one function per partition."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from fedpeat.config.schema import DataConfig, Partition
 from fedpeat.core.errors import ConfigError, DataError
-from fedpeat.data.documents import Document
+from fedpeat.data.documents import Owned
 from fedpeat.data.holdout import group_by_key
 
-__all__ = ["PARTITIONERS", "Clients", "largest_owners", "require_partition_settings"]
+__all__ = ["PARTITIONERS", "largest_owners", "require_partition_settings"]
 
-Clients = dict[str, tuple[Document, ...]]
-Partitioner = Callable[[Sequence[Document], int, float, np.random.Generator], Clients]
+
+class Partitioner(Protocol):
+    """Shares items out: (items, number of clients, alpha, generator) -> those of each client."""
+
+    def __call__(
+        self,
+        documents: Sequence[Owned],
+        num_clients: int,
+        alpha: float,
+        rng: np.random.Generator,
+        /,
+    ) -> dict[str, tuple[Owned, ...]]: ...
+
 
 _MAX_DRAWS = 10
 
 
-def require_partition_settings(config: DataConfig) -> None:
-    """Raise a ConfigError if the partition needs a setting that is not given."""
+def require_partition_settings(config: DataConfig, *, labelled: bool = False) -> None:
+    """Raise a ConfigError if the partition needs a setting that is not given.
+
+    Args:
+        config: The settings.
+        labelled: Whether every source of its kind has labels.
+    """
     if config.partition != "natural" and config.num_clients is None:
         raise ConfigError(
             f"data.num_clients must be given for data.partition {config.partition!r}, got None"
         )
-    labelled = config.source == "stdlib" or config.label_field is not None
+    labelled = labelled or config.source == "stdlib" or config.label_field is not None
     if config.partition == "dirichlet" and not labelled:
         raise ConfigError("data.label_field must be given for data.partition 'dirichlet', got None")
 
 
-def largest_owners(documents: Sequence[Document], num_clients: int | None) -> tuple[Document, ...]:
+def largest_owners(documents: Sequence[Owned], num_clients: int | None) -> tuple[Owned, ...]:
     """Return the documents of the owners with the most text, the largest owner first.
 
     Owners beyond ``num_clients`` are dropped with all their documents: nobody tunes on them, and
@@ -49,21 +66,21 @@ def largest_owners(documents: Sequence[Document], num_clients: int | None) -> tu
             f"data.num_clients must be at most the number of owners, {len(groups)}, "
             f"got {num_clients}; data.key_field names other owners, data.partition iid needs none"
         )
-    sizes = {key: sum(d.num_characters for d in group) for key, group in groups.items()}
+    sizes = {key: sum(d.size for d in group) for key, group in groups.items()}
     ordered = sorted(groups, key=lambda key: (-sizes[key], key))[:num_clients]
     return tuple(document for key in ordered for document in groups[key])
 
 
 def natural(
-    documents: Sequence[Document], _num_clients: int, _alpha: float, _rng: np.random.Generator
-) -> Clients:
+    documents: Sequence[Owned], _num_clients: int, _alpha: float, _rng: np.random.Generator
+) -> dict[str, tuple[Owned, ...]]:
     """Give each key's documents to the client of that name."""
     return {key: tuple(group) for key, group in group_by_key(documents).items()}
 
 
 def iid(
-    documents: Sequence[Document], num_clients: int, _alpha: float, rng: np.random.Generator
-) -> Clients:
+    documents: Sequence[Owned], num_clients: int, _alpha: float, rng: np.random.Generator
+) -> dict[str, tuple[Owned, ...]]:
     """Deal shuffled documents out in shares that differ by at most one document."""
     _require_enough(documents, num_clients)
     shares = np.array_split(rng.permutation(len(documents)), num_clients)
@@ -71,8 +88,8 @@ def iid(
 
 
 def dirichlet(
-    documents: Sequence[Document], num_clients: int, alpha: float, rng: np.random.Generator
-) -> Clients:
+    documents: Sequence[Owned], num_clients: int, alpha: float, rng: np.random.Generator
+) -> dict[str, tuple[Owned, ...]]:
     """Share each label's documents out by a Dirichlet draw; small ``alpha``, strong skew.
 
     Raises:
@@ -89,8 +106,8 @@ def dirichlet(
         if all(shares):
             return _name_clients(documents, shares)
     raise DataError(
-        f"each of {_MAX_DRAWS} Dirichlet draws of {len(documents)} documents left a client without "
-        f"any; raise data.alpha ({alpha}) or lower data.num_clients ({num_clients})"
+        f"each of {_MAX_DRAWS} Dirichlet draws of {len(documents)} {_plural(documents)} left a "
+        f"client without any; raise data.alpha ({alpha}) or lower data.num_clients ({num_clients})"
     )
 
 
@@ -108,15 +125,21 @@ def _draw_shares(
     return shares
 
 
-def _require_enough(documents: Sequence[Document], num_clients: int) -> None:
+def _require_enough(documents: Sequence[Owned], num_clients: int) -> None:
     if num_clients > len(documents):
         raise DataError(
-            f"data.num_clients must be at most the number of documents that are left after holding "
-            f"out, {len(documents)}, got {num_clients}"
+            f"data.num_clients must be at most the number of {_plural(documents)} that are left "
+            f"after holding out, {len(documents)}, got {num_clients}"
         )
 
 
-def _name_clients(documents: Sequence[Document], shares: list[list[int]]) -> Clients:
+def _plural(documents: Sequence[Owned]) -> str:
+    return documents[0].plural if documents else "examples"
+
+
+def _name_clients(
+    documents: Sequence[Owned], shares: list[list[int]]
+) -> dict[str, tuple[Owned, ...]]:
     width = max(2, len(str(len(shares) - 1)))
     return {
         f"client-{number:0{width}d}": tuple(documents[index] for index in sorted(share))

@@ -21,7 +21,7 @@ from fedpeat.data.stdlib import read_stdlib
 
 __all__ = ["SOURCES", "read_corpus", "source_kind"]
 
-SOURCES: dict[str, Callable[[DataConfig, int], Corpus]] = {
+SOURCES: dict[str, Callable[[DataConfig, int], Corpus[Document]]] = {
     "stdlib": read_stdlib,
     "files": read_files,
     "hub": read_hub,
@@ -37,7 +37,7 @@ def source_kind(source: str) -> str:
     return "hub"
 
 
-def read_corpus(config: DataConfig, seed: int) -> Corpus:
+def read_corpus(config: DataConfig, seed: int) -> Corpus[Document]:
     """Read a source, and the validation and test sources where they are given.
 
     Raises:

@@ -52,7 +52,7 @@ SERVER_MODULES: tuple[str, ...] = (
 _SKIPPED_FOLDERS = {"__pycache__", "idle_test", "site-packages", "dist-packages", "test", "tests"}
 
 
-def read_stdlib(config: DataConfig, seed: int) -> Corpus:
+def read_stdlib(config: DataConfig, seed: int) -> Corpus[Document]:
     """Read the standard library, owners by their amount of text.
 
     A file is held out by the hash of its name and the seed, so a file more or less in another
@@ -117,7 +117,7 @@ def _split(
     server: dict[str, Document],
     config: DataConfig,
     seed: int,
-) -> Corpus:
+) -> Corpus[Document]:
     """Sort files into splits; a split with a source of its own takes none."""
     validation_ratio = 0.0 if config.validation_source else config.validation_ratio
     test_ratio = 0.0 if config.test_source else config.test_ratio

@@ -1,4 +1,4 @@
-"""The bench of a run: model, text, emulator, participants and federation, from its settings."""
+"""The bench of a run: model, data, emulator, participants and federation, from its settings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.control.fixed import FixedController
-from fedpeat.core.errors import DataError
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
 from fedpeat.core.wire import Payload, decode
-from fedpeat.data.federation import FederatedText, load_federated_text
+from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulator
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import EmulatorShelf, Participant, hold_message
@@ -44,7 +44,7 @@ class Bench:
 
     Attributes:
         config: Settings, as the method changed them.
-        text: Who owns which text.
+        data: Who owns which text or images.
         blocks: The full model's block list.
         loaded: The full model; the server's adapter is attached to it.
         server: The full model with the adapter.
@@ -56,7 +56,7 @@ class Bench:
     """
 
     config: Config
-    text: FederatedText
+    data: FederatedData[Examples]
     blocks: Blocks
     loaded: LoadedModel
     server: Tunable
@@ -65,6 +65,11 @@ class Bench:
     participants: dict[str, Participant]
     rung: Rung | None
     zero_shot: Quality
+
+    @property
+    def task(self) -> Task:
+        """What the model does."""
+        return task_of(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +81,7 @@ def set_up(
     config: Config,
     folder: RunFolder,
     observer: Observer,
-    text: FederatedText | None,
+    data: FederatedData[Examples] | None,
     *,
     pools_data: bool,
 ) -> Bench:
@@ -86,8 +91,8 @@ def set_up(
         config: Settings, as the method changed them.
         folder: Where the emulator is kept, or found by a resumed run.
         observer: Is told what goes on.
-        text: Text that is there already; read as the settings say if not.
-        pools_data: Whether the server gets all text.
+        data: Data that is there already; read as the settings say if not.
+        pools_data: Whether the server gets all data.
 
     Raises:
         FedPEATError: If model, data and settings do not fit each other.
@@ -95,13 +100,13 @@ def set_up(
     observer.message(f"loading model {config.model.name}")
     loaded = load_full_model(config)
     blocks = find_blocks(loaded.model)
-    if text is None:
+    task = task_of(config)
+    if data is None:
         observer.message(f"reading data {config.data.source}")
-        text = load_federated_text(config.data, loaded.tokenizer, config.seed)
+        data = task.read(config, loaded)
     if pools_data:
-        text, config = pooled(text, config)
-    _check_block_size(loaded, config)
-    zero_shot = evaluate(loaded.model, text.test, config.evaluation.batch_size)
+        data, config = pooled(data, config)
+    zero_shot = evaluate(loaded.model, data.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,
         blocks.num_blocks,
@@ -111,8 +116,8 @@ def set_up(
     dtype = next(loaded.model.parameters()).dtype
     shelf = EmulatorShelf(next(loaded.model.parameters()).device, dtype)
     package = None
-    if text.clients:
-        package = _emulator(config, folder, loaded, blocks, tuned, text, observer)
+    if data.clients:
+        package = _emulator(config, folder, loaded, blocks, tuned, data, observer)
         if config.adapter.placement == "all":
             tuned = list(package.manifest.source_blocks)
     rung = None
@@ -122,25 +127,15 @@ def set_up(
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
-    participants = {c: Participant(c, data, shelf) for c, data in text.clients.items()}
+    participants = {c: Participant(c, own, shelf) for c, own in data.clients.items()}
     observer.message(
-        f"{len(participants)} devices with {sum(d.num_tokens for d in text.clients.values()):,} "
-        f"private tokens; adapter {config.adapter.method} on blocks {tuned}, "
+        f"{len(participants)} devices with {sum(d.num_tokens for d in data.clients.values()):,} "
+        f"private {task.unit}; adapter {config.adapter.method} on blocks {tuned}, "
         f"{server.num_parameters:,} parameters"
     )
     return Bench(
-        config, text, blocks, loaded, server, shelf, package, participants, rung, zero_shot
+        config, data, blocks, loaded, server, shelf, package, participants, rung, zero_shot
     )
-
-
-def _check_block_size(loaded: LoadedModel, config: Config) -> None:
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    extra = config.adapter.num_virtual_tokens if config.adapter.method == "prompt" else 0
-    if isinstance(longest, int) and config.data.block_size + extra > longest:
-        raise DataError(
-            f"data.block_size{' + adapter.num_virtual_tokens' if extra else ''} must be at most "
-            f"{longest}, the model's longest input, got {config.data.block_size + extra}"
-        )
 
 
 def _emulator(
@@ -149,7 +144,7 @@ def _emulator(
     loaded: LoadedModel,
     blocks: Blocks,
     tuned: list[int],
-    text: FederatedText,
+    data: FederatedData[Examples],
     observer: Observer,
 ) -> EmulatorPackage:
     """Make the emulator, or take the one that this run made before it was interrupted."""
@@ -160,7 +155,14 @@ def _emulator(
             return package
     protected = [] if config.adapter.placement == "all" else tuned
     package = make_emulator(
-        loaded, blocks, protected, config.emulator, text, seed=config.seed, observer=observer
+        loaded,
+        blocks,
+        protected,
+        config.emulator,
+        data,
+        task_of(config),
+        seed=config.seed,
+        observer=observer,
     )
     package.save(path)
     return package
@@ -168,7 +170,7 @@ def _emulator(
 
 def make_controller(bench: Bench) -> Controller:
     config = bench.config
-    participates = config.server.participates and bench.text.server is not None
+    participates = config.server.participates and bench.data.server is not None
     return FixedController(
         rung=EMULATOR_RUNG,
         fraction_train=config.federated.fraction_train,
@@ -198,19 +200,19 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
     def server_training(
         adapter: State, tuned: Part, num_steps: int, first_step: int, seed: int
     ) -> Payload:
-        assert bench.text.server is not None
+        assert bench.data.server is not None
         bench.server.load(adapter)
         with bench.server.only(part_of(adapter, tuned)) as part:
             stats = train(
                 part,
-                bench.text.server,
+                bench.data.server,
                 settings,
                 num_steps=num_steps,
                 first_step=first_step,
                 seed=seed,
             )
             update = part.state()
-        return Payload(update, {"num_examples": bench.text.server.num_examples, **asdict(stats)})
+        return Payload(update, {"num_examples": bench.data.server.num_examples, **asdict(stats)})
 
     return Federation(
         transport=transport,
@@ -226,7 +228,7 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         settings=settings,
-        server_training=server_training if bench.text.server is not None else None,
+        server_training=server_training if bench.data.server is not None else None,
         server_weight_ratio=config.server.weight_ratio,
         min_clients=fed.min_clients,
         deadline_seconds=fed.round_deadline_seconds,

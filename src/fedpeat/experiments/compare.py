@@ -22,6 +22,7 @@ from fedpeat.report.comparison import comparison_markdown, write_comparison
 __all__ = ["compare"]
 
 QUALITIES = ("full_zero_shot", "emulator_tuned", "plug_in")
+BESIDE_PLUG_IN = {"perplexity": ("bits_per_byte",), "accuracy": ("cross_entropy",)}
 COSTS = ("bytes_down", "bytes_up", "peak_rss_bytes", "wall_seconds", "num_tokens")
 
 
@@ -104,20 +105,26 @@ def _run_in_process(config: Config, *, overwrite: bool) -> dict[str, Any]:
 def _table(
     plan: ComparisonPlan, summaries: Mapping[tuple[Method, int], dict[str, Any]]
 ) -> dict[str, Any]:
-    rows = []
+    rows, metric = [], next(iter(summaries.values()))["quality"]["metric"]
+    beside = BESIDE_PLUG_IN[metric]
     for method in plan.methods:
         own = [summaries[method, seed] for seed in plan.seeds]
         row: dict[str, Any] = {"method": method, "seeds": list(plan.seeds)}
         row |= {name: [s["quality"][name] for s in own] for name in QUALITIES}
         row |= {name: [s["cost"][name] for s in own] for name in COSTS}
         row["gap_closed"] = [_gap(s, summaries.get(("fed_peft", s["seed"]))) for s in own]
-        row["bits_per_byte"] = [s["quality"]["bits_per_byte"]["plug_in"] for s in own]
+        row |= {name: [s["quality"][name]["plug_in"] for s in own] for name in beside}
         rows.append(row)
-    return {"schema": 1, "metric": "perplexity", "num_seeds": len(plan.seeds), "rows": rows}
+    return {"schema": 1, "metric": metric, "num_seeds": len(plan.seeds), "rows": rows}
 
 
 def _gap(summary: Mapping[str, Any], bound: Mapping[str, Any] | None) -> float | None:
     if bound is None:
         return None
     quality = summary["quality"]
-    return gap_closed(quality["full_zero_shot"], quality["plug_in"], bound["quality"]["plug_in"])
+    return gap_closed(
+        quality["full_zero_shot"],
+        quality["plug_in"],
+        bound["quality"]["plug_in"],
+        quality["metric"],
+    )

@@ -11,11 +11,12 @@ from fedpeat.config.recipe import Recipe, parse_recipe
 from fedpeat.config.schema import EmulatorConfig
 from fedpeat.core.errors import EmulatorError
 from fedpeat.core.seeds import derive_seed, generator
-from fedpeat.data.federation import FederatedText
+from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_blocks
 from fedpeat.experiments.observer import Observer
+from fedpeat.experiments.tasks import Task
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import DTYPES, LoadedModel
@@ -30,7 +31,8 @@ def make_emulator(
     blocks: Blocks,
     tuned: Sequence[int],
     config: EmulatorConfig,
-    text: FederatedText,
+    data: FederatedData[Examples],
+    task: Task,
     *,
     seed: int,
     observer: Observer,
@@ -43,15 +45,16 @@ def make_emulator(
         tuned: Blocks that are kept as they are, since the adapter sits on them; empty if it sits on
             every kept block.
         config: What to keep and how to distil.
-        text: The server's text is used to distil, the validation split to measure.
+        data: The server's own is used to distil, the validation split to measure.
+        task: What the model does.
         seed: Seed of distillation.
         observer: Is told the progress, and what fidelity the budget bought.
 
     Raises:
-        EmulatorError: If there is nothing to compress, or no text to distil on.
+        EmulatorError: If there is nothing to compress, or no data to distil on.
     """
     recipe = parse_recipe(config.recipe)
-    batches = _calibration(loaded, text, config)
+    batches = _calibration(loaded, data, config)
     kept = choose_blocks(recipe.selection, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept)
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
@@ -59,16 +62,17 @@ def make_emulator(
     if not recipe.is_full:
         pair = _pair(loaded.model, student, blocks, kept, tuned)
         fidelity = {
-            f"{k}_before": v for k, v in measure_fidelity(pair, text.validation, 16).items()
+            f"{k}_before": v
+            for k, v in measure_fidelity(pair, data.validation, 16, task.metric).items()
         }
         for step in recipe.steps:
             if step.name == "distill":
-                _distill(pair, blocks, kept, tuned, config, int(step.value), text, seed, observer)
+                _distill(pair, blocks, kept, tuned, config, int(step.value), data, seed, observer)
         computed = next(loaded.model.parameters()).dtype
         for rounded_to in (dtype, computed):  # measure what will be sent
             torch.nn.Module.to(student, dtype=rounded_to)
-        fidelity |= measure_fidelity(pair, text.validation, 16)
-        observer.message(_fidelity_line(recipe, kept, fidelity))
+        fidelity |= measure_fidelity(pair, data.validation, 16, task.metric)
+        observer.message(_fidelity_line(recipe, kept, fidelity, task.metric))
     package = pack_emulator(
         student,
         loaded.model,
@@ -100,18 +104,20 @@ def _pair(
     )
 
 
-def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfig) -> list[Batch]:
-    """Return some of the server's text as inputs of the model."""
-    if text.server is None:
+def _calibration(
+    loaded: LoadedModel, data: FederatedData[Examples], config: EmulatorConfig
+) -> list[Batch]:
+    """Return some of the server's own examples as inputs of the model."""
+    if data.server is None:
         return []
-    number = max(1, config.calibration_tokens // int(text.server.input_ids.shape[1]))
-    data = text.server
-    order = generator(0, "calibration").permutation(data.num_examples)[:number]
+    number = max(1, config.calibration_tokens // data.server.tokens_per_example)
+    order = generator(0, "calibration").permutation(data.server.num_examples)[:number]
     device = next(loaded.model.parameters()).device
     batches: list[Batch] = []
     for start in range(0, len(order), config.distill_batch_size):
-        ids, mask = batch_of(data, order[start : start + config.distill_batch_size], device)
-        batches.append({"input_ids": ids, "labels": ids.masked_fill(~mask, -100)})
+        rows = order[start : start + config.distill_batch_size]
+        batch = batch_of(data.server, rows, device)
+        batches.append({**batch.inputs, "labels": batch.labels})
     return batches
 
 
@@ -122,13 +128,13 @@ def _distill(
     tuned: Sequence[int],
     config: EmulatorConfig,
     num_tokens: int,
-    text: FederatedText,
+    data: FederatedData[Examples],
     seed: int,
     observer: Observer,
 ) -> None:
-    if text.server is None:
+    if data.server is None:
         raise EmulatorError(
-            "emulator.recipe distills, which needs text of the server; raise data.server_ratio "
+            "emulator.recipe distills, which needs data of the server; raise data.server_ratio "
             "above 0"
         )
     own = blocks.select(kept)
@@ -150,7 +156,7 @@ def _distill(
         distill(
             pair,
             trainable,
-            text.server,
+            data.server,
             settings,
             seed=derive_seed(seed, "distill"),
             progress=lambda done, total, loss: observer.progress(
@@ -159,9 +165,11 @@ def _distill(
         )
 
 
-def _fidelity_line(recipe: Recipe, kept: Sequence[int], fidelity: dict[str, float]) -> str:
+def _fidelity_line(
+    recipe: Recipe, kept: Sequence[int], fidelity: dict[str, float], metric: str
+) -> str:
     return (
-        f"emulator {recipe} keeps blocks {', '.join(map(str, kept))}: validation perplexity "
-        f"{fidelity['perplexity_before']:.2f} -> {fidelity['perplexity']:.2f}, hidden-state error "
+        f"emulator {recipe} keeps blocks {', '.join(map(str, kept))}: validation {metric} "
+        f"{fidelity[f'{metric}_before']:.4g} -> {fidelity[metric]:.4g}, hidden-state error "
         f"{fidelity['hidden_error_before']:.3f} -> {fidelity['hidden_error']:.3f}"
     )

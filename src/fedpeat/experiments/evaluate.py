@@ -7,8 +7,8 @@ from pathlib import Path
 from fedpeat.adapter.tunable import read_adapter
 from fedpeat.config.loading import load_config
 from fedpeat.core.errors import ConfigError
-from fedpeat.data.federation import load_federated_text
 from fedpeat.experiments.plugged import plugged_model
+from fedpeat.experiments.tasks import task_of
 from fedpeat.tuning.evaluation import evaluate
 
 __all__ = ["evaluate_adapter"]
@@ -25,7 +25,8 @@ def evaluate_adapter(
         split: "validation" or "test".
 
     Returns:
-        ``perplexity`` per token, ``perplexity_per_byte`` and ``bits_per_byte``.
+        ``perplexity`` per token, ``bits_per_byte`` and ``perplexity_per_byte``; or ``accuracy`` and
+        ``cross_entropy``.
 
     Raises:
         FedPEATError: If the folder is not a run, or the adapter does not fit its model.
@@ -33,14 +34,11 @@ def evaluate_adapter(
     config = load_config(_config_of(run))
     state = read_adapter(adapter or run / "adapter")
     loaded, tunable = plugged_model(config, state)
-    text = load_federated_text(config.data, loaded.tokenizer, config.seed)
-    data = {"validation": text.validation, "test": text.test}[split]
-    quality = evaluate(tunable.model, data, config.evaluation.batch_size)
-    return {
-        "perplexity": quality.perplexity,
-        "perplexity_per_byte": quality.byte_perplexity,
-        "bits_per_byte": quality.bits_per_byte,
-    }
+    task = task_of(config)
+    data = task.read(config, loaded)
+    chosen = {"validation": data.validation, "test": data.test}[split]
+    quality = evaluate(tunable.model, chosen, config.evaluation.batch_size)
+    return {task.metric: quality.value(task.metric), **quality.beside(task.metric)}
 
 
 def _config_of(run: Path) -> Path:

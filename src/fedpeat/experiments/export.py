@@ -46,5 +46,5 @@ def export_adapter(run: Path, out: Path, *, merged: bool = False) -> Path:
     with replace_folder(out) as temporary:
         torch.nn.Module.to(model, dtype=loaded.storage_dtype)
         model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
+        loaded.processor.save_pretrained(temporary)
     return out

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fedpeat.config.schema import Config
-from fedpeat.data.federation import FederatedText
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import Examples, FederatedData
 
 __all__ = ["METHODS", "MethodPlan", "pooled"]
 
@@ -18,7 +17,7 @@ class MethodPlan:
 
     Attributes:
         settings: What it changes in the settings.
-        pools_data: Whether all text is brought to the server, against the owners' wish.
+        pools_data: Whether all data is brought to the server, against the owners' wish.
     """
 
     settings: Callable[[Config], Config]
@@ -68,13 +67,14 @@ METHODS: dict[str, MethodPlan] = {
 }
 
 
-def pooled(text: FederatedText, config: Config) -> tuple[FederatedText, Config]:
-    """Give the server all text, and as many steps as all participants together had in a round."""
-    parts = [*text.clients.values(), *([text.server] if text.server is not None else [])]
-    cohort_size = max(1, round(config.federated.fraction_train * len(text.clients)))
+def pooled(data: FederatedData[Examples], config: Config) -> tuple[FederatedData[Examples], Config]:
+    """Give the server all data, and as many steps as all participants together had in a round."""
+    parts = [*data.clients.values(), *([data.server] if data.server is not None else [])]
+    cohort_size = max(1, round(config.federated.fraction_train * len(data.clients)))
     steps = cohort_size * config.local.local_steps
-    if config.server.participates and text.server is not None:
+    if config.server.participates and data.server is not None:
         steps += config.server.server_steps or config.local.local_steps
     server = replace(config.server, participates=True, server_steps=steps, weight_ratio=None)
-    pool = FederatedText({}, PackedText.concatenate(parts), text.validation, text.test)
+    everything = type(parts[0]).concatenate(parts)
+    pool = FederatedData[Examples]({}, everything, data.validation, data.test)
     return pool, replace(config, server=server)

@@ -72,10 +72,11 @@ class LogFile(Silent):
             if p["reason"]
         ]
         self._logger.info(
-            "round %d/%d plug_in=%s train_loss=%s %s",
+            "round %d/%d plug_in=%s %s train_loss=%s %s",
             line["server_round"],
             num_rounds,
             quality.get("plug_in"),
+            quality.get("metric", ""),
             line["train_loss"],
             "; ".join(refused),
         )
@@ -103,7 +104,7 @@ class TensorBoard(Silent):
         """Write the round's curves."""
         quality = line["quality"] or {}
         scalars = {
-            "quality/plug_in": quality.get("plug_in"),
+            **{f"quality/{name}": value for name, value in quality.items() if name != "metric"},
             "train/loss": line["train_loss"],
             "train/update_norm": line["update_norm"],
             "train/product_error": line["product_error"],

@@ -10,6 +10,7 @@ from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.experiments.methods import METHODS
+from fedpeat.experiments.tasks import task_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.loading import LoadedModel, load_model
 
@@ -18,9 +19,11 @@ __all__ = ["load_full_model", "plugged_model"]
 
 def load_full_model(config: Config) -> LoadedModel:
     """Load the full model that the settings name."""
-    model = config.model
+    model, task = config.model, task_of(config)
     return load_model(
         model.name,
+        auto=task.auto,
+        load_processor=task.load_processor,
         revision=model.revision,
         dtype=model.dtype,
         device=model.device,

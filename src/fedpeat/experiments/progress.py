@@ -18,9 +18,7 @@ from fedpeat.federated.aggregation import LoraAggregation
 from fedpeat.federated.rounds import Federation, FederationState, is_better, peak_rss_bytes
 from fedpeat.tuning.evaluation import Quality, evaluate
 
-__all__ = ["METRIC", "Progress", "begun", "checkpoint_of", "one_round", "resumed"]
-
-METRIC = "perplexity"
+__all__ = ["Progress", "begun", "checkpoint_of", "one_round", "resumed"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,18 @@ class Progress:
 
 def begun(bench: Bench) -> Progress:
     """Return the start: a fresh adapter, its quality measured, nothing sent yet."""
-    adapter = bench.server.state()
+    adapter, metric = bench.server.state(), bench.task.metric
     quality = evaluate(
-        bench.server.model, bench.text.validation, bench.config.evaluation.batch_size
+        bench.server.model, bench.data.validation, bench.config.evaluation.batch_size
     )
     line = asdict(
         RoundResult(
-            server_round=0, quality=_quality_record(quality), peak_rss_bytes=peak_rss_bytes()
+            server_round=0,
+            quality=_quality_record(quality, metric),
+            peak_rss_bytes=peak_rss_bytes(),
         )
     )
-    return Progress(FederationState(0, adapter), adapter, quality.perplexity, (line,))
+    return Progress(FederationState(0, adapter), adapter, quality.value(metric), (line,))
 
 
 def one_round(
@@ -57,24 +57,21 @@ def one_round(
     if state.server_round % every == 0 or state.server_round == num_rounds:
         bench.server.load(state.adapter)
         quality = evaluate(
-            bench.server.model, bench.text.validation, bench.config.evaluation.batch_size
+            bench.server.model, bench.data.validation, bench.config.evaluation.batch_size
         )
-        record = _quality_record(quality)
-        if is_better(METRIC, quality.perplexity, best_quality):
-            best, best_quality = state.adapter, quality.perplexity
+        metric = bench.task.metric
+        record = _quality_record(quality, metric)
+        if is_better(metric, quality.value(metric), best_quality):
+            best, best_quality = state.adapter, quality.value(metric)
     elapsed = progress.history[-1]["elapsed_seconds"] + time.perf_counter() - start
     line = asdict(replace(result, quality=record, elapsed_seconds=elapsed))
     observer.round(line, num_rounds)
     return Progress(state, best, best_quality, (*progress.history, line))
 
 
-def _quality_record(quality: Quality) -> dict[str, Any]:
-    return {
-        "metric": METRIC,
-        "plug_in": quality.perplexity,
-        "plug_in_bits_per_byte": quality.bits_per_byte,
-        "plug_in_perplexity_per_byte": quality.byte_perplexity,
-    }
+def _quality_record(quality: Quality, metric: str) -> dict[str, Any]:
+    beside = {f"plug_in_{name}": value for name, value in quality.beside(metric).items()}
+    return {"metric": metric, "plug_in": quality.value(metric), **beside}
 
 
 def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> Checkpoint:

@@ -14,9 +14,9 @@ from fedpeat import __version__
 from fedpeat.adapter.tunable import adapter_facts
 from fedpeat.config.recipe import parse_recipe
 from fedpeat.experiments.bench import Bench
-from fedpeat.experiments.progress import METRIC, Progress
-from fedpeat.federated.rounds import peak_rss_bytes
-from fedpeat.tuning.evaluation import Quality, evaluate
+from fedpeat.experiments.progress import Progress
+from fedpeat.federated.rounds import is_better, peak_rss_bytes
+from fedpeat.tuning.evaluation import BESIDE, Quality, evaluate
 
 __all__ = ["gap_closed", "mean_summary", "quality_table", "summarize", "versions"]
 
@@ -33,11 +33,11 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "num_parameters": bench.loaded.num_parameters,
         "seed": config.seed,
         "num_rounds": progress.state.server_round,
-        "num_clients": len(bench.text.clients),
+        "num_clients": len(bench.data.clients),
         "best_round": _best_round(progress),
         "emulator": _emulator_facts(bench),
         "adapter": {"peft": config.adapter.method, **adapter_facts(progress.best)},
-        "quality": quality_table(_scores(bench, progress)),
+        "quality": quality_table(_scores(bench, progress), bench.task.metric),
         "cost": _costs(progress, setup_seconds),
         "versions": versions(),
     }
@@ -48,7 +48,7 @@ def _is_compressed(bench: Bench) -> bool:
 
 
 def _scores(bench: Bench, progress: Progress) -> dict[str, Quality | None]:
-    test, batch_size = bench.text.test, bench.config.evaluation.batch_size
+    test, batch_size = bench.data.test, bench.config.evaluation.batch_size
     scores: dict[str, Quality | None] = dict.fromkeys(QUALITIES)
     scores["full_zero_shot"] = bench.zero_shot
     scores["plug_in"] = evaluate(bench.server.model, test, batch_size)
@@ -93,29 +93,37 @@ def _costs(progress: Progress, setup_seconds: float) -> dict[str, Any]:
     }
 
 
-def quality_table(scores: Mapping[str, Quality | None]) -> dict[str, Any]:
+def quality_table(scores: Mapping[str, Quality | None], metric: str) -> dict[str, Any]:
     """Return the quality part of a summary from the scores of the five qualities."""
-    table: dict[str, Any] = {"metric": METRIC}
-    table |= {name: score.perplexity if score else None for name, score in scores.items()}
-    table["gap_closed"] = gap_closed(table["full_zero_shot"], table["plug_in"], table["full_tuned"])
-    table["bits_per_byte"] = {
-        name: score.bits_per_byte if score else None for name, score in scores.items()
-    }
-    table["perplexity_per_byte"] = {
-        n: score.byte_perplexity if score else None for n, score in scores.items()
-    }
+    table: dict[str, Any] = {"metric": metric}
+    table |= {name: score.value(metric) if score else None for name, score in scores.items()}
+    table["gap_closed"] = gap_closed(
+        table["full_zero_shot"], table["plug_in"], table["full_tuned"], metric
+    )
+    for beside in BESIDE[metric]:
+        table[beside] = {
+            name: score.beside(metric)[beside] if score else None for name, score in scores.items()
+        }
     return table
 
 
-def gap_closed(zero_shot: float, plug_in: float, full_tuned: float | None) -> float | None:
-    """Return (log ZS - log plug-in) / (log ZS - log full tuned); None without a gain to share."""
-    if (
-        full_tuned is None
-        or not math.isfinite(zero_shot + plug_in + full_tuned)
-        or full_tuned >= zero_shot
-    ):
+def gap_closed(
+    zero_shot: float, plug_in: float, full_tuned: float | None, metric: str = "perplexity"
+) -> float | None:
+    """Return (ZS - plug-in) / (ZS - full tuned), of the logarithms where these are perplexities.
+
+    Returns:
+        The share; None without a gain to share.
+    """
+    if full_tuned is None or not math.isfinite(zero_shot + plug_in + full_tuned):
         return None
-    return (math.log(zero_shot) - math.log(plug_in)) / (math.log(zero_shot) - math.log(full_tuned))
+    if not is_better(metric, full_tuned, zero_shot):
+        return None
+    start, reached, bound = (
+        math.log(value) if metric == "perplexity" else value
+        for value in (zero_shot, plug_in, full_tuned)
+    )
+    return (start - reached) / (start - bound)
 
 
 def versions() -> dict[str, str]:
@@ -132,6 +140,8 @@ def _best_round(progress: Progress) -> int:
 
 
 def mean_summary(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one summary of several: means of quality (geometric of perplexity), sums of costs."""
+
     def mean(tables: list[Mapping[str, Any]], name: str, *, of_logarithms: bool) -> float | None:
         values = [table[name] for table in tables]
         if any(value is None for value in values):
@@ -139,12 +149,15 @@ def mean_summary(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         return math.exp(np.mean(np.log(values))) if of_logarithms else float(np.mean(values))
 
     summary = dict(summaries[0])
-    quality = {"metric": METRIC, "gap_closed": None}
+    metric = summary["quality"]["metric"]
+    quality: dict[str, Any] = {"metric": metric, "gap_closed": None}
     for name in QUALITIES:
-        quality[name] = mean([s["quality"] for s in summaries], name, of_logarithms=True)  # type: ignore[assignment]
-    for part, of_logarithms in (("bits_per_byte", False), ("perplexity_per_byte", True)):
+        tables = [s["quality"] for s in summaries]
+        quality[name] = mean(tables, name, of_logarithms=metric == "perplexity")
+    for part in BESIDE[metric]:
         tables = [s["quality"][part] for s in summaries]
-        quality[part] = {n: mean(tables, n, of_logarithms=of_logarithms) for n in QUALITIES}  # type: ignore[assignment]
+        is_geometric = part == "perplexity_per_byte"
+        quality[part] = {n: mean(tables, n, of_logarithms=is_geometric) for n in QUALITIES}
     costs = [s["cost"] for s in summaries]
     added = {
         n: sum(c[n] for c in costs)

@@ -16,14 +16,16 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import CheckpointError, ConfigError, FedPEATError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
-from fedpeat.data.federation import FederatedText, load_federated_text
+from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.experiments.bench import make_controller, make_federation, set_up
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import LogFile, Observer, Observers, Silent, TensorBoard
 from fedpeat.experiments.plugged import load_full_model
 from fedpeat.experiments.progress import begun, checkpoint_of, one_round, resumed
 from fedpeat.experiments.results import gap_closed, mean_summary, summarize
+from fedpeat.experiments.tasks import task_of
 from fedpeat.report.page import write_report
+from fedpeat.tuning.evaluation import BESIDE
 
 __all__ = ["run"]
 
@@ -61,9 +63,9 @@ def run(
         if config.method == "local":
             summary = _local_only(config, folder, observer)
         else:
-            summary, text = _federated(config, folder, observer)
+            summary, data = _federated(config, folder, observer)
         if config.evaluation.full_tuned and config.method in {"fedpeat", "fed_eat"}:
-            _add_upper_bound(config, folder, summary, text, observer)
+            _add_upper_bound(config, folder, summary, data, observer)
         summary["cost"]["wall_seconds_with_upper_bound"] = time.perf_counter() - start
         folder.write_summary(summary)
         write_report(folder.path)
@@ -119,12 +121,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _federated(
-    config: Config, folder: RunFolder, observer: Observer, text: FederatedText | None = None
-) -> tuple[dict[str, Any], FederatedText]:
+    config: Config,
+    folder: RunFolder,
+    observer: Observer,
+    data: FederatedData[Examples] | None = None,
+) -> tuple[dict[str, Any], FederatedData[Examples]]:
     """Run rounds from the last checkpoint to the end, then score the best adapter.
 
     Returns:
-        The summary, and the text that was read, for a further run on the same.
+        The summary, and the data that was read, for a further run on the same.
     """
     plan = METHODS[config.method]
     config = plan.settings(config)
@@ -134,7 +139,7 @@ def _federated(
         stack.callback(log.close)
         observer = Observers([observer, log])
         checkpoint = folder.latest_checkpoint(observer.message)
-        bench = set_up(config, folder, observer, text, pools_data=plan.pools_data)
+        bench = set_up(config, folder, observer, data, pools_data=plan.pools_data)
         config = bench.config
         board = TensorBoard(
             folder.path / "tensorboard", checkpoint.server_round if checkpoint else 0
@@ -153,14 +158,14 @@ def _federated(
         bench.server.load(progress.best)
         with storage_errors(folder.path / "adapter"):
             bench.server.save(folder.path / "adapter", bench.loaded.location)
-        return summarize(bench, progress, setup_seconds), bench.text
+        return summarize(bench, progress, setup_seconds), bench.data
 
 
 def _add_upper_bound(
     config: Config,
     folder: RunFolder,
     summary: dict[str, Any],
-    text: FederatedText,
+    data: FederatedData[Examples],
     observer: Observer,
 ) -> None:
     """Tune the full model itself with the same method and budget, in a folder of its own."""
@@ -170,27 +175,28 @@ def _add_upper_bound(
     )
     inner = RunFolder(folder.path / "full_tuned")
     with _opened(inner, reference, resume=True, overwrite=False):
-        bound, _ = _federated(reference, inner, observer, text)
+        bound, _ = _federated(reference, inner, observer, data)
         inner.write_summary(bound)
     quality, reached = summary["quality"], bound["quality"]
     quality["full_tuned"] = reached["plug_in"]
-    for unit in ("bits_per_byte", "perplexity_per_byte"):
-        quality[unit]["full_tuned"] = reached[unit]["plug_in"]
+    metric = task_of(config).metric
+    for name in BESIDE[metric]:
+        quality[name]["full_tuned"] = reached[name]["plug_in"]
     quality["gap_closed"] = gap_closed(
-        quality["full_zero_shot"], quality["plug_in"], quality["full_tuned"]
+        quality["full_zero_shot"], quality["plug_in"], quality["full_tuned"], metric
     )
 
 
 def _local_only(config: Config, folder: RunFolder, observer: Observer) -> dict[str, Any]:
-    """Let each device tune alone; report the geometric mean of quality and the sum of costs."""
+    """Let each device tune alone; report the mean of quality and the sum of costs."""
     loaded = load_full_model(config)
-    text = load_federated_text(config.data, loaded.tokenizer, config.seed)
+    data = task_of(config).read(config, loaded)
     alone = replace(config, server=replace(config.server, participates=False))
     summaries = []
-    for client_id, data in text.clients.items():
+    for client_id, private in data.clients.items():
         observer.message(f"{client_id} alone")
         inner = RunFolder(folder.path / "clients" / _safe_name(client_id))
-        own = FederatedText({client_id: data}, text.server, text.validation, text.test)
+        own = FederatedData[Examples]({client_id: private}, data.server, data.validation, data.test)
         with _opened(inner, alone, resume=True, overwrite=False):
             summary, _ = _federated(alone, inner, observer, own)
             inner.write_summary(summary)

@@ -21,7 +21,7 @@ from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.wire import Payload, decode, digest, encode
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import Examples
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.tuning.local import LocalSettings, train
 
@@ -136,9 +136,9 @@ class EmulatorShelf:
 
 
 class Participant:
-    """A device: its own text, and the emulators that it holds."""
+    """A device: its own data, and the emulators that it holds."""
 
-    def __init__(self, client_id: str, data: PackedText, shelf: EmulatorShelf) -> None:
+    def __init__(self, client_id: str, data: Examples, shelf: EmulatorShelf) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf

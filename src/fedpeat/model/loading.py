@@ -1,8 +1,9 @@
-"""Load a causal language model and its tokenizer, safetensors only and strictly."""
+"""Load a network and its tokenizer or image processor, safetensors only and strictly."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "BUNDLED",
     "LoadedModel",
     "fingerprint",
+    "load_image_processor",
     "load_model",
     "load_tokenizer",
     "resolve_device",
@@ -35,8 +37,8 @@ class LoadedModel:
     """A full model, ready to compute.
 
     Attributes:
-        model: The causal LM, in evaluation mode, with every parameter frozen.
-        tokenizer: Its tokenizer.
+        model: The network, in evaluation mode, with every parameter frozen.
+        processor: Its tokenizer or image processor.
         name: What the user called it.
         location: Its Hub name or folder, for files that must name it.
         storage_dtype: Type of the weights in the model's own file.
@@ -45,7 +47,7 @@ class LoadedModel:
     """
 
     model: transformers.PreTrainedModel
-    tokenizer: Any
+    processor: Any
     name: str
     location: str
     storage_dtype: torch.dtype
@@ -94,28 +96,61 @@ def load_tokenizer(
         raise ModelError(f"cannot load a tokenizer for {name!r}: {_first_line(error)}") from error
 
 
+def load_image_processor(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return the image processor of a model, with NumPy behind it, the same wherever it runs.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            _location(name), revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"cannot load an image processor for {name!r}: {_first_line(error)}"
+        ) from error
+
+
 def load_model(
     name: str,
     *,
+    auto: Any = transformers.AutoModelForCausalLM,
+    load_processor: Callable[..., Any] = load_tokenizer,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal LM; its weights and those in its safetensors file must be the same set.
+    """Load a network; its weights and those in its safetensors file must be the same set.
+
+    Args:
+        name: Hub name, folder, or "bundled".
+        auto: Class of transformers that finds the network with the head that is wanted.
+        load_processor: Loads its tokenizer or image processor.
+        revision: Branch, tag or commit.
+        dtype: Type to compute in.
+        device: Device to compute on.
+        trust_remote_code: Whether the model may run code of its own.
 
     Raises:
-        ModelError: If the model is missing, damaged, not a causal LM, has no safetensors file, or
-            if its file lacks weights or has some that the architecture does not know.
+        ModelError: If the model is missing, damaged, has no such head or no safetensors file, or if
+            its file lacks weights or has some that the architecture does not know.
     """
     where = resolve_device(device)
     location = _location(name)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
         config = transformers.AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    except Exception as error:  # the Hub client and transformers have their own kinds
+        raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
+    _require_head(name, config, auto)
+    processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = auto.from_pretrained(
             location,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -135,7 +170,16 @@ def load_model(
     model = frozen(model, where)
     num_parameters = sum(p.numel() for p in model.parameters())
     sha256 = fingerprint(model)
-    return LoadedModel(model, tokenizer, name, location, storage, sha256, num_parameters)
+    return LoadedModel(model, processor, name, location, storage, sha256, num_parameters)
+
+
+def _require_head(name: str, config: Any, auto: Any) -> None:
+    has_own_code = auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if not has_own_code and type(config) not in auto._model_mapping:  # noqa: SLF001 - there is no public name
+        raise ModelError(
+            f"model {name!r} is a {config.model_type!r} network, which {auto.__name__} does not "
+            "know; model.task must be what the network does"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

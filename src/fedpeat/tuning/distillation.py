@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import Examples
 from fedpeat.tuning.evaluation import evaluate, evaluating
 from fedpeat.tuning.local import batch_rows
-from fedpeat.tuning.loss import autocast, batch_of, mean_loss
+from fedpeat.tuning.loss import Batch, autocast, batch_of, mean_loss
 
 __all__ = [
     "DistillSettings",
@@ -52,7 +52,7 @@ class Pair:
 
 
 def hidden_error(
-    teacher: Float[Tensor, "batch seq hidden"], student: Float[Tensor, "batch seq hidden"]
+    teacher: Float[Tensor, "*hidden"], student: Float[Tensor, "*hidden"]
 ) -> Float[Tensor, ""]:
     """Return the mean squared error in units of the teacher's root mean square.
 
@@ -64,17 +64,17 @@ def hidden_error(
 
 
 def distillation_loss(
-    pair: Pair, ids: Tensor, mask: Tensor, *, lm_weight: float, hidden_weight: float
+    pair: Pair, batch: Batch, *, lm_weight: float, hidden_weight: float
 ) -> Float[Tensor, ""]:
-    """Return lm_weight * LM + hidden_weight * hidden error of one batch."""
-    loss = torch.zeros((), device=ids.device)
+    """Return lm_weight * task loss + hidden_weight * hidden error of one batch."""
+    loss = torch.zeros((), device=batch.labels.device)
     with _captured(pair.student_block) as student_hidden:
-        lm_loss = mean_loss(pair.student, ids, mask)
+        lm_loss = mean_loss(pair.student, batch)
     if lm_weight:
         loss = loss + lm_weight * lm_loss
     if hidden_weight:
         with torch.no_grad(), _captured(pair.teacher_block) as teacher_hidden:
-            pair.teacher(input_ids=ids, use_cache=False)
+            batch.call(pair.teacher)
         loss = loss + hidden_weight * hidden_error(teacher_hidden[0], student_hidden[0])
     return loss
 
@@ -82,7 +82,7 @@ def distillation_loss(
 def distill(
     pair: Pair,
     trainable: Sequence[nn.Parameter],
-    data: PackedText,
+    data: Examples,
     settings: DistillSettings,
     *,
     seed: int,
@@ -93,7 +93,7 @@ def distill(
     Args:
         pair: Full model and emulator, both frozen.
         trainable: Parameters of the emulator to train; frozen again afterwards.
-        data: The server's own text.
+        data: The server's own examples.
         settings: Budget, weights and learning rate (warm-up over 5 % of the steps, then cosine to
             0).
         seed: Seed of the batches.
@@ -105,7 +105,7 @@ def distill(
     Raises:
         EmulatorError: If there is nothing to train, or the budget is below one batch.
     """
-    tokens_per_step = settings.batch_size * int(data.input_ids.shape[1])
+    tokens_per_step = settings.batch_size * data.tokens_per_example
     num_steps = settings.num_tokens // tokens_per_step
     if num_steps == 0 or not trainable:
         raise EmulatorError(
@@ -122,14 +122,13 @@ def distill(
         for step in range(num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, num_steps)
-            ids, mask = batch_of(
+            batch = batch_of(
                 data, batch_rows(data.num_examples, settings.batch_size, step, seed), device
             )
             with autocast(pair.student, device):
                 loss = distillation_loss(
                     pair,
-                    ids,
-                    mask,
+                    batch,
                     lm_weight=settings.lm_weight,
                     hidden_weight=settings.hidden_weight,
                 )
@@ -144,12 +143,14 @@ def distill(
     return num_steps * tokens_per_step
 
 
-def measure_fidelity(pair: Pair, data: PackedText, batch_size: int) -> dict[str, float]:
-    """Return how closely an emulator follows its model on held-out text.
+def measure_fidelity(
+    pair: Pair, data: Examples, batch_size: int, metric: str = "perplexity"
+) -> dict[str, float]:
+    """Return how closely an emulator follows its model on held-out examples.
 
     Returns:
-        ``perplexity`` of the emulator, and ``hidden_error`` at the boundary, 0 for a perfect
-        stand-in.
+        What the metric says of the emulator, by its name, and ``hidden_error`` at the boundary, 0
+        for a perfect stand-in.
     """
     device = next(pair.student.parameters()).device
     errors = []
@@ -161,13 +162,13 @@ def measure_fidelity(pair: Pair, data: PackedText, batch_size: int) -> dict[str,
     ):
         for start in range(0, data.num_examples, batch_size):
             rows = np.arange(start, min(start + batch_size, data.num_examples))
-            ids, _ = batch_of(data, rows, device)
+            batch = batch_of(data, rows, device)
             with _captured(pair.teacher_block) as teacher, _captured(pair.student_block) as student:
-                pair.teacher(input_ids=ids, use_cache=False)
-                pair.student(input_ids=ids, use_cache=False)
+                batch.call(pair.teacher)
+                batch.call(pair.student)
             errors.append(float(hidden_error(teacher[0], student[0])) * len(rows))
-    perplexity = evaluate(pair.student, data, batch_size).perplexity
-    return {"perplexity": perplexity, "hidden_error": sum(errors) / data.num_examples}
+    quality = evaluate(pair.student, data, batch_size).value(metric)
+    return {metric: quality, "hidden_error": sum(errors) / data.num_examples}
 
 
 def _schedule(step: int, num_steps: int) -> float:

@@ -1,34 +1,37 @@
-"""How good a model is: perplexity per token, and bits per byte so that tokenizers compare."""
+"""How good a model is: perplexity per token, bits per byte so that tokenizers compare, accuracy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import Examples
 from fedpeat.model.modes import evaluating
-from fedpeat.tuning.loss import autocast, batch_of, token_losses
+from fedpeat.tuning.loss import autocast, batch_of, losses_of, scores
 
-__all__ = ["Quality", "evaluate", "evaluating"]
+__all__ = ["BESIDE", "METRICS", "Quality", "evaluate", "evaluating"]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Loss summed over a split.
+    """Loss and hits summed over a split.
 
     Attributes:
-        nll: Negative log-likelihood of all tokens that count [nat].
+        nll: Negative log-likelihood of all targets that count, tokens or classes [nat].
         num_tokens: How many they are.
-        num_bytes: UTF-8 bytes of text that they stand for.
+        num_bytes: UTF-8 bytes of text that they stand for; 0 for classes.
+        num_correct: How many of them got the highest score.
     """
 
     nll: float
     num_tokens: int
     num_bytes: int
+    num_correct: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -45,27 +48,64 @@ class Quality:
         """Loss per byte of text [bit]."""
         return self.nll / self.num_bytes / math.log(2) if self.num_bytes else math.nan
 
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that got the highest score; not a number if a score is not."""
+        if not self.num_tokens or math.isnan(self.nll):
+            return math.nan
+        return self.num_correct / self.num_tokens
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean loss per target [nat]."""
+        return self.nll / self.num_tokens if self.num_tokens else math.nan
+
+    def value(self, metric: str) -> float:
+        """Return what a metric says."""
+        return METRICS[metric](self)
+
+    def beside(self, metric: str) -> dict[str, float]:
+        """Return what is told beside a metric, by name."""
+        return {name: measure(self) for name, measure in BESIDE[metric].items()}
+
+
+Measure = Callable[[Quality], float]
+
+METRICS: dict[str, Measure] = {
+    "perplexity": lambda quality: quality.perplexity,
+    "accuracy": lambda quality: quality.accuracy,
+}
+
+BESIDE: dict[str, dict[str, Measure]] = {
+    "perplexity": {
+        "bits_per_byte": lambda quality: quality.bits_per_byte,
+        "perplexity_per_byte": lambda quality: quality.byte_perplexity,
+    },
+    "accuracy": {"cross_entropy": lambda quality: quality.cross_entropy},
+}
+
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def evaluate(model: nn.Module, data: PackedText, batch_size: int) -> Quality:
-    """Score every block of a split, without touching the model's mode, gradients or random state.
+def evaluate(model: nn.Module, data: Examples, batch_size: int) -> Quality:
+    """Score a split, without touching the model's mode, gradients or random state.
 
     Args:
-        model: A causal LM, tuned or not.
+        model: A network, tuned or not.
         data: The split.
-        batch_size: Blocks scored at once.
+        batch_size: Examples scored at once.
     """
     device = next(model.parameters()).device
-    nll, num_tokens, num_bytes = 0.0, 0, 0
+    nll, num_tokens, num_bytes, num_correct = 0.0, 0, 0, 0
     with evaluating(model), torch.inference_mode(), autocast(model, device):
         for start in range(0, data.num_examples, batch_size):
             rows = np.arange(start, min(start + batch_size, data.num_examples))
-            ids, mask = batch_of(data, rows, device)
-            wanted = mask[:, 1:]
-            nll += float((token_losses(model, ids) * wanted).double().sum())
-            num_tokens += int(wanted.sum())
-            num_bytes += int((data.token_bytes[rows][:, 1:] * data.loss_mask[rows][:, 1:]).sum())
-    return Quality(nll, num_tokens, num_bytes)
+            batch = batch_of(data, rows, device)
+            logits = scores(model, batch)
+            nll += float(losses_of(logits, batch.targets).double().sum())
+            num_tokens += int(batch.num_targets)
+            num_bytes += data.num_bytes(rows)
+            num_correct += int((logits.argmax(-1) == batch.targets).sum())
+    return Quality(nll, num_tokens, num_bytes, num_correct)

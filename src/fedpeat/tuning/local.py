@@ -10,7 +10,7 @@ import torch
 
 from fedpeat.adapter.tunable import Tunable
 from fedpeat.core.seeds import derive_seed, generator
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import Examples
 from fedpeat.tuning.evaluation import evaluating
 from fedpeat.tuning.loss import autocast, batch_of, mean_loss
 
@@ -22,7 +22,7 @@ class LocalSettings:
     """How a participant trains.
 
     Attributes:
-        batch_size: Blocks in a batch.
+        batch_size: Examples in a batch.
         learning_rate: Peak learning rate of AdamW.
         warmup_steps: Steps of linear warm-up, counted from the participant's first step of the run.
         weight_decay: Decoupled weight decay.
@@ -65,7 +65,7 @@ def batch_rows(num_examples: int, batch_size: int, step: int, seed: int) -> np.n
 
 def train(
     tunable: Tunable,
-    data: PackedText,
+    data: Examples,
     settings: LocalSettings,
     *,
     num_steps: int,
@@ -76,7 +76,7 @@ def train(
 
     Args:
         tunable: Network whose adapter holds the round's values.
-        data: The participant's own text.
+        data: The participant's own examples.
         settings: How to train.
         num_steps: Steps to make.
         first_step: Steps that the participant made in earlier rounds.
@@ -101,11 +101,10 @@ def train(
         tunable.model.train()
         for step in range(first_step, first_step + num_steps):
             _set_learning_rate(optimizer, settings, step)
-            ids, mask = batch_of(
-                data, batch_rows(data.num_examples, settings.batch_size, step, seed), device
-            )
+            rows = batch_rows(data.num_examples, settings.batch_size, step, seed)
+            batch = batch_of(data, rows, device)
             with autocast(tunable.model, device):
-                loss = mean_loss(tunable.model, ids, mask)
+                loss = mean_loss(tunable.model, batch)
             losses.append(loss.detach())
             (loss + _proximal_term(parameters, anchors, settings.proximal_mu)).backward()
             if settings.max_grad_norm:
@@ -117,7 +116,7 @@ def train(
         first_loss=history[0],
         last_loss=history[-1],
         mean_loss=float(np.mean(history)),
-        num_tokens=num_steps * settings.batch_size * data.input_ids.shape[1],
+        num_tokens=num_steps * settings.batch_size * data.tokens_per_example,
         seconds=time.perf_counter() - start,
     )
 

@@ -1,46 +1,85 @@
-"""The loss of a causal language model on packed blocks."""
+"""The loss of a network on examples with one label for each output that counts."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedpeat.data.packing import PackedText
+from fedpeat.data.examples import IGNORED, Examples
 
-__all__ = ["autocast", "batch_of", "mean_loss", "token_losses"]
-
-Batch = tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]
+__all__ = ["Batch", "autocast", "batch_of", "losses_of", "mean_loss", "scores"]
 
 
-def batch_of(data: PackedText, rows: np.ndarray, device: torch.device) -> Batch:
-    """Return token ids and loss mask of some blocks on a device."""
-    ids = torch.from_numpy(data.input_ids[rows].astype(np.int64)).to(device)
-    return ids, torch.from_numpy(data.loss_mask[rows]).to(device)
+@dataclass(frozen=True)
+class Batch:
+    """Some examples on a device, as a network takes them.
+
+    Attributes:
+        inputs: Tensors by the name that the network's call gives them.
+        labels: Class of each example, or token at each position; ``IGNORED`` where none counts.
+        shift: Places from an output to its label.
+        options: Further arguments of the network's call.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Int[Tensor, "*positions"]
+    shift: int
+    options: Mapping[str, bool]
+
+    @property
+    def targets(self) -> Int[Tensor, "*outputs"]:
+        """The labels that outputs are compared with."""
+        return self.labels[:, self.shift :] if self.shift else self.labels
+
+    @property
+    def num_targets(self) -> Int[Tensor, ""]:
+        return (self.targets != IGNORED).sum()
+
+    def call(self, model: nn.Module) -> Tensor:
+        """Return a network's outputs for all positions, the class scores last."""
+        logits: Tensor = model(**self.inputs, **self.options).logits
+        return logits
 
 
-def token_losses(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq-1"]:
-    """Return the negative log-likelihood of every token but the first of its block [nat].
+def batch_of(data: Examples, rows: np.ndarray, device: torch.device) -> Batch:
+    """Return some examples on a device."""
+    inputs = {name: torch.from_numpy(a).to(device) for name, a in data.inputs(rows).items()}
+    labels = torch.from_numpy(data.labels(rows)).to(device)
+    return Batch(inputs, labels, data.shift, data.options)
+
+
+def scores(model: nn.Module, batch: Batch) -> Float[Tensor, "*outputs classes"]:
+    """Return a network's scores of all classes (tokens) where there is a target.
 
     A soft prompt lengthens the output at the front; those positions are cut off.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+    logits = batch.call(model)
+    if batch.labels.ndim == 1:
+        return logits
+    length = batch.labels.shape[1]
+    return logits[:, -length:][:, : length - batch.shift]
+
+
+def losses_of(
+    logits: Float[Tensor, "*outputs classes"], targets: Int[Tensor, "*outputs"]
+) -> Float[Tensor, "*outputs"]:
+    """Return the negative log-likelihood of each target [nat], 0 where none counts."""
     flat = cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return flat.view(ids.shape[0], -1)
+    return flat.view(targets.shape)
 
 
-def mean_loss(
-    model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, ""]:
-    """Return the mean over the tokens that count; 0 where none does."""
-    wanted = mask[:, 1:]
-    return (token_losses(model, ids) * wanted).sum() / wanted.sum().clamp(min=1)
+def mean_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean over the targets that count; 0 where none does."""
+    return losses_of(scores(model, batch), batch.targets).sum() / batch.num_targets.clamp(min=1)
 
 
 def autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,77 @@
+"""What a network can be tuned to do: how it is loaded, what it reads, and what measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from fedpeat.config import schema
+from fedpeat.config.schema import Config
+from fedpeat.core.errors import DataError
+from fedpeat.data.examples import Examples, FederatedData
+from fedpeat.data.federation import load_federated_text
+from fedpeat.data.image_federation import load_federated_images
+from fedpeat.model.loading import LoadedModel, load_image_processor, load_tokenizer
+
+__all__ = ["TASKS", "Task", "task_of"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of network.
+
+    The loss is the same for all: cross-entropy of what the data gives as labels, at the outputs
+    that it gives them for.
+
+    Attributes:
+        auto: Class of transformers that finds the network with its head.
+        load_processor: Loads its tokenizer or image processor.
+        read: Reads who owns which data, as the network takes it.
+        metric: What measures it; a key of ``METRICS`` in ``tuning/evaluation.py``.
+        unit: What budgets and speeds are counted in.
+    """
+
+    auto: Any
+    load_processor: Callable[..., Any]
+    read: Callable[[Config, LoadedModel], FederatedData[Examples]]
+    metric: str
+    unit: str
+
+
+def _read_text(config: Config, loaded: LoadedModel) -> FederatedData[Examples]:
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    extra = config.adapter.num_virtual_tokens if config.adapter.method == "prompt" else 0
+    if isinstance(longest, int) and config.data.block_size + extra > longest:
+        raise DataError(
+            f"data.block_size{' + adapter.num_virtual_tokens' if extra else ''} must be at most "
+            f"{longest}, the model's longest input, got {config.data.block_size + extra}"
+        )
+    return load_federated_text(config.data, loaded.processor, config.seed)
+
+
+def _read_images(config: Config, loaded: LoadedModel) -> FederatedData[Examples]:
+    settings = loaded.model.config
+    labels = {int(number): name for number, name in (settings.id2label or {}).items()}
+    num_channels = getattr(settings, "num_channels", 3)
+    return load_federated_images(config.data, loaded.processor, labels, num_channels, config.seed)
+
+
+TASKS: dict[schema.Task, Task] = {
+    "causal_lm": Task(
+        transformers.AutoModelForCausalLM, load_tokenizer, _read_text, "perplexity", "tokens"
+    ),
+    "image_classification": Task(
+        transformers.AutoModelForImageClassification,
+        load_image_processor,
+        _read_images,
+        "accuracy",
+        "images",
+    ),
+}
+
+
+def task_of(config: Config) -> Task:
+    return TASKS[config.model.task]
