@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tiny import VOCAB_SIZE, WORDS, tiny_model
+from tiny import VOCAB_SIZE, WORDS, tiny_model, tiny_processor, tiny_vit, write_images
 
 torch.set_num_threads(1)
 
@@ -56,3 +56,18 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def vit_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny ViT with its image processor, saved as the Hub has them."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    tiny_vit().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 120 images in three folders of classes."""
+    return write_images(tmp_path_factory.mktemp("images"), per_class=40)

@@ -1,12 +1,14 @@
-"""Tiny models, texts and settings, built here: nothing is downloaded."""
+"""Tiny models, texts, images and settings, built here: nothing is downloaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 from fedpeat.data.packing import PackedText
 from fedpeat.model.cut import frozen
@@ -77,6 +79,77 @@ def tiny_settings(model_dir: Path, corpus_file: Path, output_dir: Path) -> dict[
             "key_field": "owner",
             "block_size": BLOCK_SIZE,
             "max_eval_blocks": 16,
+        },
+        "adapter": {"num_bottom": 1, "num_top": 1, "r": 2},
+        "local": {"local_steps": 2, "local_batch_size": 4, "local_learning_rate": 5e-3},
+        "federated": {"num_rounds": 3},
+        "evaluation": {"full_tuned": False},
+    }
+
+
+IMAGE_SIZE = 8
+CLASSES = ("bar", "dot", "edge")
+
+
+def tiny_vit(num_blocks: int = 6, seed: int = 0) -> transformers.PreTrainedModel:
+    """Return a random ViT for grey images of three named classes, frozen, in evaluation mode."""
+    config = transformers.ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=32,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=4,
+        intermediate_size=64,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: number for number, name in enumerate(CLASSES)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.ViTForImageClassification(config)
+        for matrix in [p for p in model.parameters() if p.ndim > 1]:
+            torch.nn.init.normal_(matrix, std=0.2)  # so large that every block matters
+    return frozen(model, torch.device("cpu"))
+
+
+def tiny_processor() -> Any:
+    """Return the image processor of ``tiny_vit``."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return transformers.ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.25])
+
+
+def drawn_image(number: int, rng: np.random.Generator, side: int = IMAGE_SIZE) -> np.ndarray:
+    """Return a noisy picture of a class: a bar, a dot or an edge; uint8 (side, side)."""
+    pixels = rng.integers(0, 80, (side, side)).astype(np.uint8)
+    middle = side // 2
+    parts = (np.s_[:, middle - 1 : middle + 1], np.s_[1:3, 1:3], np.s_[middle:, :])
+    pixels[parts[number]] += 150
+    return pixels
+
+
+def write_images(folder: Path, per_class: int, side: int = IMAGE_SIZE, seed: int = 0) -> Path:
+    """Write a folder of PNG files for each of three classes."""
+    rng = np.random.default_rng(seed)
+    for number, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            picture = Image.fromarray(drawn_image(number, rng, side))
+            picture.save(folder / name / f"{i:03}.png")
+    return folder
+
+
+def tiny_image_settings(vit_dir: Path, images: Path, output_dir: Path) -> dict[str, object]:
+    """Return the settings of a federation on images that takes about a second."""
+    return {
+        "name": "tiny",
+        "output_dir": str(output_dir),
+        "model": {"name": str(vit_dir), "device": "cpu", "task": "image_classification"},
+        "data": {
+            "source": str(images),
+            "partition": "dirichlet",
+            "num_clients": 3,
+            "server_ratio": 0.2,
+            "max_eval_blocks": 40,
         },
         "adapter": {"num_bottom": 1, "num_top": 1, "r": 2},
         "local": {"local_steps": 2, "local_batch_size": 4, "local_learning_rate": 5e-3},

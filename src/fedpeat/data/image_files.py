@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 from jaxtyping import UInt8
@@ -166,27 +166,24 @@ def decode(
             that Pillow takes it for an attack.
     """
     # Imported here because only runs on images need it.
-    from PIL import Image, ImageOps  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(_opened(io.BytesIO(content)))
-            if image.mode in _DEEP:
-                raise DataError(f"{where}: must have 8 bits a channel, got mode {image.mode}")
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            pixels = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-        if isinstance(error, DataError):
-            raise
+            pixels = _upright(content, "L" if num_channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise DataError(f"{where}: is no image that can be read ({error})") from error
     return np.ascontiguousarray(np.moveaxis(np.atleast_3d(pixels), -1, 0))
 
 
-def _opened(file: IO[bytes]):  # type: ignore[no-untyped-def]
-    from PIL import Image  # noqa: PLC0415
+def _upright(content: bytes, mode: str) -> UInt8[np.ndarray, "height width ..."]:
+    from PIL import Image, ImageOps  # noqa: PLC0415
 
-    image = Image.open(file, formats=_FORMATS)
-    image.load()
-    return image
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode in _DEEP:
+        raise ValueError(f"it must have 8 bits a channel, got mode {image.mode}")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.asarray(image.convert(mode))
