@@ -144,7 +144,7 @@ def with_a_broken_config(folder: Path, model_dir: Path) -> None:
 
 MODELS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no folder": (lambda folder, _: None, "no such model folder: "),
-    "empty folder": (lambda folder, _: folder.mkdir(), "cannot load a tokenizer for "),
+    "empty folder": (lambda folder, _: folder.mkdir(), "cannot load model "),
     "a file": (lambda folder, _: folder.write_text("x"), "no such model folder: "),
     "image model": (image_model, "cannot load model "),
     "weights cut short": (cut_short, "cannot load model "),

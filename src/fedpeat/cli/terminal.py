@@ -22,10 +22,8 @@ QUALITIES = {
     "plug_in": "full model + tuned adapter",
     "full_tuned": "full model, tuned itself",
 }
-HEADER = (
-    f"{'round':>9}  {'plug-in ppl':>11}  {'train loss':>10}  {'accepted':>9}  "
-    f"{'down':>9}  {'up':>9}  {'time':>7}"
-)
+BESIDE = {"bits_per_byte": "bits per byte", "cross_entropy": "cross-entropy"}
+SHORT = {"perplexity": "ppl", "accuracy": "acc"}
 
 
 class Terminal:
@@ -73,24 +71,25 @@ class Terminal:
     def round(self, line: Mapping[str, Any], num_rounds: int) -> None:
         """Print a row, and a header before the first."""
         if self._last_round == 0:
-            self._console.print(f"[bold]{HEADER}[/]")
+            self._console.print(f"[bold]{_header((line['quality'] or {}).get('metric', ''))}[/]")
         self._last_round = line["server_round"]
         self._console.print(_round_row(line, num_rounds))
         self.progress("rounds", line["server_round"], num_rounds, "")
 
     def summary(self, summary: Mapping[str, Any], folder: Path) -> None:
         """Print the five qualities and where to look further."""
-        quality = summary["quality"]
-        table = Table(title=f"{quality['metric']} on the test split", title_justify="left")
+        quality, metric = summary["quality"], summary["quality"]["metric"]
+        table = Table(title=f"{metric} on the test split", title_justify="left")
         table.add_column("quality")
-        table.add_column("per token", justify="right")
-        table.add_column("bits per byte", justify="right")
+        table.add_column("per token" if metric == "perplexity" else metric, justify="right")
+        beside = next(name for name in BESIDE if name in quality)
+        table.add_column(BESIDE[beside], justify="right")
         for name, meaning in QUALITIES.items():
             style = "bold" if name == "plug_in" else ""
             table.add_row(
                 meaning,
-                _number(quality[name]),
-                _number(quality["bits_per_byte"][name], 4),
+                _score(quality[name], metric),
+                _number(quality[beside][name], 4),
                 style=style,
             )
         self._console.print(table)
@@ -104,19 +103,31 @@ class Terminal:
         self._console.print(f"page: {folder / 'comparison.html'}", markup=False, soft_wrap=True)
 
 
+def _header(metric: str) -> str:
+    return (
+        f"{'round':>9}  {f'plug-in {SHORT.get(metric, metric)}':>11}  {'train loss':>10}  "
+        f"{'accepted':>9}  {'down':>9}  {'up':>9}  {'time':>7}"
+    )
+
+
 def _round_row(line: Mapping[str, Any], num_rounds: int) -> str:
     statuses = Counter(p["status"] for p in line["participants"])
     others = [
         f"{count} {status}" for status, count in sorted(statuses.items()) if status != "accepted"
     ]
-    quality = (line["quality"] or {}).get("plug_in")
+    quality = line["quality"] or {}
+    plug_in = _score(quality.get("plug_in"), quality.get("metric", ""))
     row = (
-        f"{line['server_round']:>4}/{num_rounds:<4}  {_number(quality):>11}  "
+        f"{line['server_round']:>4}/{num_rounds:<4}  {plug_in:>11}  "
         f"{_number(line['train_loss'], 3):>10}  "
         f"{statuses['accepted']:>4}/{len(line['participants']):<4}  "
         f"{_size(line['bytes_down']):>9}  {_size(line['bytes_up']):>9}  {line['seconds']:>5.1f} s"
     )
     return row + (f"  [yellow]{', '.join(others)}[/]" if others else "")
+
+
+def _score(value: float | None, metric: str) -> str:
+    return f"{value:.2%}" if value is not None and metric == "accuracy" else _number(value)
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -25,13 +25,14 @@ from fedpeat.report.quantities import (
     ratio_text,
     seconds_text,
 )
-from fedpeat.report.records import METRICS, QUALITIES
+from fedpeat.report.records import METRICS, QUALITIES, UNITS
 
 __all__ = ["comparison_markdown", "render_comparison", "write_comparison"]
 
 _COLUMNS: Final = (
     ("plug_in", "Plug-in"),
     ("bits_per_byte", "Bits per byte"),
+    ("cross_entropy", "Cross-entropy"),
     ("gap_closed", "Gap closed"),
     ("emulator_tuned", "Emulator tuned"),
     ("full_zero_shot", "Full zero-shot"),
@@ -45,7 +46,7 @@ _ROW_HEIGHT, _AXIS_HEIGHT = 58, 46
 _INSET_PERCENT = 2.0
 _ALWAYS: Final = ("plug_in", "full_zero_shot")
 """Measured in every run, so that null, which JSON has for NaN, means not finite."""
-_DIMENSIONLESS: Final = (*QUALITIES, "bits_per_byte", "gap_closed")
+_DIMENSIONLESS: Final = (*QUALITIES, "bits_per_byte", "cross_entropy", "gap_closed")
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ def _measured_columns(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _column_title(label: str, name: str, comparison: Comparison) -> str:
+    if name == "num_tokens":
+        return UNITS[comparison.metric].capitalize()
     return f"{label} ({comparison.metric})" if name == "plug_in" else label
 
 
@@ -162,6 +165,7 @@ def _wording(name: str, metric: str) -> Callable[[float | None], str]:
         "wall_seconds": seconds_text,
         "num_tokens": count_text,
         "bits_per_byte": number_text,
+        "cross_entropy": number_text,
     }
     if name in QUALITIES:
         return lambda value: quality_text(value, metric)

@@ -15,7 +15,7 @@ from fedpeat.report.quantities import (
     ratio_text,
     seconds_text,
 )
-from fedpeat.report.records import RoundRecord, RunData, Summary
+from fedpeat.report.records import UNITS, RoundRecord, RunData, Summary
 
 __all__ = [
     "config_section",
@@ -57,6 +57,12 @@ _GLOSSARY: Final = (
         "Bits per byte",
         "The same, counted per byte of text, so that models with other tokens compare; "
         "lower is better.",
+    ),
+    ("Accuracy", "Share of examples whose class got the highest score; higher is better."),
+    (
+        "Cross-entropy",
+        "Mean negative logarithm of the probability that the right class got [nat]; lower is "
+        "better.",
     ),
     ("Update norm", "How far one round moved the adapter (Euclidean distance)."),
     (
@@ -141,7 +147,7 @@ def _cost_facts(run: RunData) -> list[tuple[str, str]]:
         ("Sent by devices", bytes_text(cost.bytes_up)),
         ("Wall time", seconds_text(cost.wall_seconds)),
         ("Peak memory", bytes_text(cost.peak_rss_bytes)),
-        ("Tokens per second", count_text(cost.tokens_per_second)),
+        (f"{UNITS[run.metric].capitalize()} per second", count_text(cost.tokens_per_second)),
     ]
     if cost.simulated_seconds is not None:
         pairs.append(("Simulated time", seconds_text(cost.simulated_seconds)))
@@ -161,7 +167,7 @@ def rounds_section(run: RunData) -> Html:
         "Update norm",
         "Product error",
         "Accepted",
-        "Tokens",
+        UNITS[run.metric].capitalize(),
         "Down",
         "Up",
         "Time",

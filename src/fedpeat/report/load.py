@@ -9,6 +9,7 @@ from pathlib import Path
 from fedpeat.core.errors import DataError
 from fedpeat.report.fields import Fields, parse_object, read_text
 from fedpeat.report.records import (
+    BESIDE,
     METRICS,
     QUALITIES,
     ROLES,
@@ -133,12 +134,16 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def _beside(quality: Fields) -> float | None:
+    return quality.number(f"plug_in_{BESIDE[quality.choice('metric', METRICS)]}")
+
+
 def _round(fields: Fields, quality: Fields | None) -> RoundRecord:
     return RoundRecord(
         server_round=fields.whole("server_round"),
         is_evaluated=quality is not None,
         plug_in=quality.measured("plug_in") if quality else None,
-        plug_in_bits_per_byte=quality.number("plug_in_bits_per_byte") if quality else None,
+        plug_in_beside=_beside(quality) if quality else None,
         train_loss=fields.number("train_loss"),
         update_norm=fields.number("update_norm"),
         product_error=fields.amount("product_error"),
@@ -193,14 +198,15 @@ def _summary(fields: Fields) -> Summary:
 
 
 def _quality(fields: Fields) -> Quality:
-    bits = fields.child("bits_per_byte")
+    metric = fields.choice("metric", METRICS)
+    beside = fields.child(BESIDE[metric])
     return Quality(
-        metric=fields.choice("metric", METRICS),
+        metric=metric,
         values={
             name: fields.measured(name) if name in _ALWAYS else fields.number(name)
             for name in QUALITIES
         },
-        bits_per_byte={name: bits.number(name) for name in QUALITIES} if bits else {},
+        beside={name: beside.number(name) for name in QUALITIES} if beside else {},
         gap_closed=fields.number("gap_closed"),
     )
 

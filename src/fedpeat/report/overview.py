@@ -18,7 +18,7 @@ from fedpeat.report.quantities import (
     ratio_text,
     seconds_text,
 )
-from fedpeat.report.records import QUALITIES, Cost, Quality, RunData
+from fedpeat.report.records import BESIDE, QUALITIES, UNITS, Cost, Quality, RunData
 
 __all__ = ["checks_section", "cost_of", "key_figures", "qualities_section"]
 
@@ -80,7 +80,7 @@ def key_figures(run: RunData) -> Html:
         _plug_in_tile(run),
         _emulator_tile(run),
         _tile("Bytes moved", bytes_text(_sum((cost.bytes_down, cost.bytes_up))), _ways(cost)),
-        _tile("Wall time", seconds_text(cost.wall_seconds), _speed(cost)),
+        _tile("Wall time", seconds_text(cost.wall_seconds), _speed(cost, UNITS[run.metric])),
         _tile("Peak memory", bytes_text(cost.peak_rss_bytes), "of the process, resident"),
     ]
     return element("dl", *tiles, class_="figures")
@@ -122,18 +122,18 @@ def _ways(cost: Cost) -> str:
     return f"{bytes_text(cost.bytes_down)} down, {bytes_text(cost.bytes_up)} up"
 
 
-def _speed(cost: Cost) -> str:
-    return (
-        "" if cost.tokens_per_second is None else f"{count_text(cost.tokens_per_second)} tokens/s"
-    )
+def _speed(cost: Cost, unit: str) -> str:
+    speed = cost.tokens_per_second
+    return "" if speed is None else f"{count_text(speed)} {unit}/s"
 
 
 def qualities_section(run: RunData) -> Html:
     """Return the table of the five qualities."""
     quality = run.summary.quality if run.summary else _partial(run)
     unit = "Perplexity per token" if run.metric == "perplexity" else "Accuracy"
-    names = ["Quality", unit, *(["Bits per byte"] if quality.bits_per_byte else []), "What it is"]
-    numeric = {unit, "Bits per byte"}
+    beside = _LABELS[BESIDE[run.metric]]
+    names = ["Quality", unit, *([beside] if quality.beside else []), "What it is"]
+    numeric = {unit, beside}
     head = [
         element("th", name, scope="col", class_="n" if name in numeric else None) for name in names
     ]
@@ -146,26 +146,29 @@ def qualities_section(run: RunData) -> Html:
     return element("div", table, class_="scroll")
 
 
+_LABELS: Final = {"bits_per_byte": "Bits per byte", "cross_entropy": "Cross-entropy"}
+
+
 def _partial(run: RunData) -> Quality:
     """Return what an unfinished run knows: its validation quality before tuning and now."""
     last = next((record for record in reversed(run.tuning_rounds) if record.is_evaluated), None)
     first = run.rounds[0] if run.before_tuning is not None else None
-    bits = {
-        "plug_in": last.plug_in_bits_per_byte if last else None,
-        "full_zero_shot": first.plug_in_bits_per_byte if first else None,
+    beside = {
+        "plug_in": last.plug_in_beside if last else None,
+        "full_zero_shot": first.plug_in_beside if first else None,
     }
     return Quality(
         metric=run.metric,
         values={"plug_in": last.plug_in if last else None, "full_zero_shot": run.before_tuning},
-        bits_per_byte=bits if any(value is not None for value in bits.values()) else {},
+        beside=beside if any(value is not None for value in beside.values()) else {},
     )
 
 
 def _quality_row(name: str, quality: Quality) -> Html:
     label, explanation = _EXPLAINED[name]
     cells = [_number_cell(quality_text(quality.values.get(name), quality.metric))]
-    if quality.bits_per_byte:
-        cells.append(_number_cell(number_text(quality.bits_per_byte.get(name))))
+    if quality.beside:
+        cells.append(_number_cell(number_text(quality.beside.get(name))))
     style = "result" if name == "plug_in" else None
     return element(
         "tr", element("th", label, scope="row"), *cells, element("td", explanation), class_=style

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fedpeat.report.markup import Html, element, join
 from fedpeat.report.quantities import bytes_text, count_text, number_text, seconds_text
-from fedpeat.report.records import STATUSES, Participation, RoundRecord, RunData
+from fedpeat.report.records import STATUSES, UNITS, Participation, RoundRecord, RunData
 
 __all__ = ["participation_section"]
 
@@ -45,7 +45,9 @@ def participation_section(run: RunData) -> Html:
             ),
             _reasons(rounds),
             element(
-                "details", element("summary", "Totals per participant"), _totals(shown, by_key)
+                "details",
+                element("summary", "Totals per participant"),
+                _totals(shown, by_key, UNITS[run.metric]),
             ),
         ]
     )
@@ -265,14 +267,14 @@ def _head(*names: str) -> Html:
     return element("thead", element("tr", *cells))
 
 
-def _totals(keys: Sequence[Key], by_key: dict[Key, dict[int, Participation]]) -> Html:
+def _totals(keys: Sequence[Key], by_key: dict[Key, dict[int, Participation]], unit: str) -> Html:
     rows = [element("tr", _heading(key), *_total_cells(list(by_key[key].values()))) for key in keys]
     head = _head(
         "Participant",
         "#Drawn",
         "#Accepted",
-        "#Examples",
-        "#Tokens",
+        "#Own examples",
+        f"#{unit.capitalize()} seen",
         "#First loss",
         "#Last loss",
         "#Down",

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 __all__ = [
+    "BESIDE",
     "METRICS",
     "QUALITIES",
     "ROLES",
     "STATUSES",
+    "UNITS",
     "AdapterFacts",
     "Cost",
     "EmulatorFacts",
@@ -22,6 +24,10 @@ __all__ = [
 ]
 
 METRICS: Final = ("perplexity", "accuracy")
+BESIDE: Final = {"perplexity": "bits_per_byte", "accuracy": "cross_entropy"}
+"""What is told beside each metric."""
+UNITS: Final = {"perplexity": "tokens", "accuracy": "examples"}
+"""What ``num_tokens`` counts in runs of each metric."""
 QUALITIES: Final = (
     "full_zero_shot",
     "emulator_zero_shot",
@@ -65,7 +71,8 @@ class RoundRecord:
     server_round: int
     is_evaluated: bool = False
     plug_in: float | None = None
-    plug_in_bits_per_byte: float | None = None
+    plug_in_beside: float | None = None
+    """What BESIDE names for the run's metric."""
     train_loss: float | None = None
     update_norm: float | None = None
     product_error: float | None = None
@@ -86,7 +93,8 @@ class Quality:
     metric: str
     """One of METRICS."""
     values: Mapping[str, float | None]
-    bits_per_byte: Mapping[str, float | None] = field(default_factory=dict)
+    beside: Mapping[str, float | None] = field(default_factory=dict)
+    """What BESIDE names for the metric, of each quality."""
     gap_closed: float | None = None
 
     @property
