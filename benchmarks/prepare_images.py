@@ -1,4 +1,4 @@
-"""Write the image federation of the benchmarks: digits upright to pre-train on, digits turned to tune on.
+"""Write the images of the benchmarks: upright to pre-train on, turned ones to tune on.
 
 Which digit goes where is decided by a hash of its file's name, so that nobody tunes on what the
 model was trained on, and the test is of digits that nobody has seen.

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--num-channels", type=int, default=1, choices=(1, 3))
     parser.add_argument("--hidden-size", type=int, default=48)
     parser.add_argument("--num-blocks", type=int, default=12)
-    parser.add_argument("--num-images", type=int, default=150_000, help="seen, repeats included")
+    parser.add_argument("--num-images", type=int, default=48_000, help="seen, repeats included")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

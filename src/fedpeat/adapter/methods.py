@@ -88,6 +88,10 @@ def attach_prompt(
         Lester, Al-Rfou, Constant (2021), The power of scale for parameter-efficient prompt tuning.
     """
     del blocks, tuned
+    if model.main_input_name != "input_ids":
+        raise AdapterError(
+            f"adapter.method 'prompt' must have a language model, got {type(model).__name__}"
+        )
     settings = peft.PromptTuningConfig(
         task_type=_task(model), num_virtual_tokens=config.num_virtual_tokens
     )

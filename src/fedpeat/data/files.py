@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+_IF_IMAGES = "for images set model.task image_classification"
+
+
 def looks_like_path(source: str) -> bool:
     """Return whether a source is written as only paths are: a known suffix, a glob, ./ in front."""
     return (
@@ -83,7 +86,9 @@ def _files_in(folder: Path, source: str) -> list[Path]:
         if path.suffix.lower() in READERS and path.is_file() and not _is_hidden(path, folder)
     ]
     if not files:
-        raise DataError(f"folder {source!r} has no file of a known format: {', '.join(READERS)}")
+        raise DataError(
+            f"folder {source!r} has no file of a known format: {', '.join(READERS)}; {_IF_IMAGES}"
+        )
     return files
 
 
@@ -93,7 +98,9 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 def _require_format(path: Path) -> Path:
     if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: format must be one of {', '.join(READERS)}, got {path.suffix!r}")
+        raise DataError(
+            f"{path}: format must be one of {', '.join(READERS)}, got {path.suffix!r}; {_IF_IMAGES}"
+        )
     return path
 
 

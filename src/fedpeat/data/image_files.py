@@ -26,6 +26,11 @@ _FORMATS: Final = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 """What Pillow may open; its readers of other formats can start programs."""
 _DEEP: Final = {"I;16", "I;16B", "I;16L", "I", "F"}
 
+_DAMAGES: Final = (
+    *(OSError, EOFError, RuntimeError, NotImplementedError),  # the last two for unreadable zips
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
 Entry = tuple[PurePosixPath, Callable[[], bytes]]
 Walk = Callable[[Path], Iterator[Entry]]
 
@@ -60,20 +65,13 @@ def read_image_files(
         names = [name for name, _ in walk(path)]
         chosen = _split_of(source, names, split, must_be_named=must_be_named)
         images = {
-            name: _labelled(f"{source}: {name}", name, content(), maker)
+            name: _labelled(f"{source}: {name}", name, content, maker)
             for name, content in walk(path)
             if name.parent.parent == chosen
         }
-    except (
-        OSError,
-        EOFError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-    ) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise DataError(f"{source}: cannot be read to its end; is it whole? ({reason})") from e
+    except _DAMAGES as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{source}: cannot be read to its end; is it whole? ({reason})") from error
     return [images[name] for name in sorted(images)]
 
 
@@ -151,7 +149,13 @@ def _split_of(
     return named[0]
 
 
-def _labelled(where: str, name: PurePosixPath, content: bytes, maker: ImageInputs) -> LabelledImage:
+def _labelled(
+    where: str, name: PurePosixPath, read: Callable[[], bytes], maker: ImageInputs
+) -> LabelledImage:
+    try:
+        content = read()
+    except _DAMAGES as error:
+        raise DataError(f"{where}: cannot be read; is its source whole? ({error})") from error
     pixels, is_fitted = maker.smaller(decode(where, content, maker.num_channels))
     return LabelledImage(pixels, is_fitted, label=name.parent.name)
 
@@ -166,12 +170,15 @@ def decode(
             that Pillow takes it for an attack.
     """
     # Imported here because only runs on images need it.
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             pixels = _upright(content, "L" if num_channels == 1 else "RGB")
+    except UnidentifiedImageError as error:
+        known = ", ".join(_FORMATS)
+        raise DataError(f"{where}: is no image that can be read (none of {known})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise DataError(f"{where}: is no image that can be read ({error})") from error
     return np.ascontiguousarray(np.moveaxis(np.atleast_3d(pixels), -1, 0))

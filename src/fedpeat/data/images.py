@@ -60,7 +60,7 @@ class ImageInputs:
 
     def fit(
         self, pixels: UInt8[np.ndarray, "channels height width"]
-    ) -> UInt8[np.ndarray, "channels height width"]:
+    ) -> UInt8[np.ndarray, "channels new_height new_width"]:
         """Return an image in the size that the network takes.
 
         Raises:
@@ -76,7 +76,7 @@ class ImageInputs:
         return made
 
     def values(
-        self, images: Sequence[UInt8[np.ndarray, "channels height width"]]
+        self, images: Sequence[UInt8[np.ndarray, "_ _ _"]]
     ) -> Float32[np.ndarray, "images channels height width"]:
         """Return fitted images as the network takes them."""
         if len(sizes := {image.shape for image in images}) > 1:
@@ -89,7 +89,7 @@ class ImageInputs:
 
     def smaller(
         self, pixels: UInt8[np.ndarray, "channels height width"]
-    ) -> tuple[UInt8[np.ndarray, "channels height2 width2"], bool]:
+    ) -> tuple[UInt8[np.ndarray, "channels new_height new_width"], bool]:
         """Return an image, fitted if it is not smaller than fitted ones, and whether it was."""
         is_fitted = pixels.size >= self._fitted_size
         return (self.fit(pixels) if is_fitted else pixels), is_fitted
@@ -124,7 +124,7 @@ class ImageSet:
         maker: Makes the network's inputs of them.
     """
 
-    pixels: tuple[UInt8[np.ndarray, "channels height width"], ...]
+    pixels: tuple[UInt8[np.ndarray, "_ _ _"], ...]
     fitted: Bool[np.ndarray, " images"]
     classes: Int64[np.ndarray, " images"]
     maker: ImageInputs
