@@ -23,6 +23,8 @@ from fedpeat.data.image_federation import class_numbers, load_federated_images
 from fedpeat.data.images import ImageSet
 from tiny import CLASSES, drawn_image, tiny_processor, write_images
 
+pytestmark = pytest.mark.usefixtures("offline_datasets")
+
 NAMED = dict(enumerate(CLASSES))
 UNNAMED = {i: f"LABEL_{i}" for i in range(3)}
 

@@ -130,3 +130,15 @@ def test_a_tiny_network_takes_them(vit_dir: Path) -> None:
     data = image_set(pixels(8, 8, 1), pixels(20, 9, 1), maker=maker)
     values = torch.from_numpy(data.inputs(np.arange(2))["pixel_values"])
     assert model(pixel_values=values).logits.shape == (2, 3)
+
+
+def test_images_of_the_networks_size_are_kept_as_they_are_unless_they_are_cropped() -> None:
+    image = pixels(224, 224)
+    assert ImageInputs(processor(), 3).smaller(image)[0] is image
+    cropping = ImageInputs(
+        processor(size={"shortest_edge": 256}, do_center_crop=True, crop_size=224), 3
+    )
+    fitted, is_fitted = cropping.smaller(image)
+    assert is_fitted
+    assert fitted.shape == image.shape
+    assert not np.array_equal(fitted, image)

@@ -117,7 +117,7 @@ def test_the_emulators_fidelity_is_told_in_accuracy(
 
 def test_the_page_reads_right(finished: tuple[Config, dict[str, Any]]) -> None:
     config, summary = finished
-    page = (folder_of(config) / "report.html").read_text()
+    page = (folder_of(config) / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     reached = quality_text(summary["quality"]["plug_in"], "accuracy", 3)
     assert f"<h1>Plug-in accuracy {reached}, up from" in page
     for text in ("Accuracy: higher is better", ">Cross-entropy<", "examples/s", ">Examples seen<"):
