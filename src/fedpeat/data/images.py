@@ -97,7 +97,7 @@ class ImageInputs:
         return pixels if self._keeps(pixels.shape) else self.fit(pixels), True
 
     def _keeps(self, shape: tuple[int, ...]) -> bool:
-        """Say whether images of a shape have the network's size already, as a probe of noise tells."""
+        """Say whether images of a shape have the network's size already; noise is the probe."""
         if shape not in self._kept_shapes:
             noise = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
             self._kept_shapes[shape] = np.array_equal(self.fit(noise), noise)

@@ -14,7 +14,15 @@ from torch.nn.functional import cross_entropy
 
 from fedpeat.data.examples import IGNORED, Examples
 
-__all__ = ["Batch", "autocast", "batch_of", "losses_of", "mean_loss", "scores"]
+__all__ = [
+    "Batch",
+    "autocast",
+    "batch_of",
+    "losses_of",
+    "mean_loss",
+    "mean_loss_of_logits",
+    "scores",
+]
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,12 @@ def scores(model: nn.Module, batch: Batch) -> Float[Tensor, "*outputs classes"]:
 
     A soft prompt lengthens the output at the front; those positions are cut off.
     """
-    logits = batch.call(model)
+    return _at_targets(batch.call(model), batch)
+
+
+def _at_targets(
+    logits: Float[Tensor, "*positions classes"], batch: Batch
+) -> Float[Tensor, "*outputs classes"]:
     if batch.labels.ndim == 1:
         return logits
     length = batch.labels.shape[1]
@@ -79,7 +92,15 @@ def losses_of(
 
 def mean_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """Return the mean over the targets that count; 0 where none does."""
-    return losses_of(scores(model, batch), batch.targets).sum() / batch.num_targets.clamp(min=1)
+    return mean_loss_of_logits(batch.call(model), batch)
+
+
+def mean_loss_of_logits(
+    logits: Float[Tensor, "*positions classes"], batch: Batch
+) -> Float[Tensor, ""]:
+    """Return the same from what a network has put out."""
+    losses = losses_of(_at_targets(logits, batch), batch.targets)
+    return losses.sum() / batch.num_targets.clamp(min=1)
 
 
 def autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[object]:
