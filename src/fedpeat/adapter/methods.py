@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants as peft_defaults
 from peft.utils import transformers_weight_conversion as peft_conversion
 from torch import nn
@@ -39,6 +40,13 @@ def attach_lora(
     names = _matching(model, blocks, tuned, config.target_modules) or _linear_layers(
         model, blocks, tuned
     )
+    if not names:
+        kinds = {type(m).__name__ for _, m in _modules_in(model, blocks, tuned)}
+        raise AdapterError(
+            "LoRA needs linear layers or plain convolutions; the tuned blocks of "
+            f"{type(model).__name__} have only {', '.join(sorted(kinds))}; adapter.method none "
+            "tunes whole blocks"
+        )
     settings = peft.LoraConfig(
         task_type=_task(model),
         r=config.r,
@@ -148,7 +156,21 @@ def _put_on(model: transformers.PreTrainedModel, settings: peft.PeftConfig) -> n
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
-        return peft.get_peft_model(model, settings)
+        tuned = peft.get_peft_model(model, settings)
+    _show_settings(tuned)
+    return tuned
+
+
+def _show_settings(tuned: nn.Module) -> None:
+    """Let networks that read a layer's settings, such as a convolution's stride, still find them.
+
+    PEFT puts a layer of its own around the tuned one.
+    """
+    for module in tuned.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, value in vars(module.get_base_layer()).items():
+                if not name.startswith("_") and not hasattr(module, name):
+                    setattr(module, name, value)
 
 
 def _modules_in(

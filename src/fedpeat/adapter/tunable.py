@@ -177,6 +177,8 @@ def attach(
     own = [index for index, full in to_full.items() if full in set(tuned)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if _needs_gradient_of_input(model, here):
+            model.enable_input_require_grads()
         tuned_model = METHODS[config.method](model, here, own, config)
     trained = {_wire_name(name): p for name, p in tuned_model.named_parameters() if p.requires_grad}
     if not trained:
@@ -184,6 +186,11 @@ def attach(
     names = here.rename(trained, blocks, to_full)
     tuned_model.eval()
     return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
+
+
+def _needs_gradient_of_input(model: nn.Module, blocks: Blocks) -> bool:
+    """Say whether blocks go backwards by themselves, and so only if what enters them does."""
+    return any(hasattr(part, "backward_pass") for _, part in blocks.parts(model, 0))
 
 
 def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
