@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import peft
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants as peft_defaults
 from peft.utils import transformers_weight_conversion as peft_conversion
@@ -24,13 +23,11 @@ from fedpeat.model.blocks import Blocks
 
 __all__ = ["METHODS", "AttachMethod"]
 
-AttachMethod = Callable[
-    [transformers.PreTrainedModel, Blocks, Sequence[int], AdapterConfig], nn.Module
-]
+AttachMethod = Callable[[nn.Module, Blocks, Sequence[int], AdapterConfig], nn.Module]
 
 
 def attach_lora(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put LoRA (or DoRA) onto linear layers of the tuned blocks.
 
@@ -61,7 +58,7 @@ def attach_lora(
 
 
 def attach_ia3(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put IA3 onto the tuned blocks.
 
@@ -69,7 +66,7 @@ def attach_ia3(
         Liu et al. (2022), Few-shot parameter-efficient fine-tuning is better and cheaper than
         in-context learning.
     """
-    kind = model.config.model_type
+    kind = _model_type(model)
     table = peft_defaults.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     wanted = config.target_modules or tuple(table.get(kind, ()))
     if not wanted:
@@ -88,7 +85,7 @@ def attach_ia3(
 
 
 def attach_prompt(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put a soft prompt before the input; no block is changed.
 
@@ -103,7 +100,7 @@ def attach_prompt(
 
 
 def attach_blocks(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Tune whole blocks (EAT), kept in float32 so that small steps are not rounded away."""
     del config
@@ -114,7 +111,7 @@ def attach_blocks(
 
 
 def attach_everything(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Tune every weight, embeddings included."""
     del blocks, tuned, config
@@ -145,11 +142,15 @@ def _task(model: nn.Module) -> peft.TaskType | None:
     return None
 
 
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None))
+
+
 def _names(value: str | Sequence[str]) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value
 
 
-def _put_on(model: transformers.PreTrainedModel, settings: peft.PeftConfig) -> nn.Module:
+def _put_on(model: nn.Module, settings: peft.PeftConfig) -> nn.Module:
     with (
         warnings.catch_warnings()
     ):  # peft 0.21 asks transformers 5.23 by an old name; nothing a user can change
@@ -220,7 +221,7 @@ def _refused_by_peft(model: nn.Module) -> set[str]:
     Names that mixtures of experts used in transformers 4 it moves to the experts of every block,
     and two of Mamba's it rejects.
     """
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    kind = _model_type(model)
     experts = _EXPERTS_LIKE.get(kind, "")
     moved = peft_conversion._MOE_TARGET_MODULE_MAPPING.get(experts, {})  # noqa: SLF001
     mamba = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}

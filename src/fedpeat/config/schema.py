@@ -22,6 +22,7 @@ __all__ = [
     "LocalConfig",
     "Method",
     "ModelConfig",
+    "Placement",
     "ServerConfig",
 ]
 

@@ -23,6 +23,7 @@ __all__ = [
     "cut_in_place",
     "frozen",
     "only_blocks",
+    "reasons_to_keep",
     "required_blocks",
     "skeleton",
 ]
@@ -36,9 +37,22 @@ _BY_INDEX = re.compile(r"^(layer|block)_(dic|dict|map)$")
 
 
 def required_blocks(
-    model: nn.Module, blocks: Blocks, batch: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module, blocks: Blocks, batch: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Return the blocks that nothing can stand in for.
+
+    Args:
+        model: The full model.
+        blocks: Its blocks.
+        batch: Inputs to trace a call with; without them shapes are not looked at.
+    """
+    return sorted(reasons_to_keep(model, blocks, batch))
+
+
+def reasons_to_keep(
+    model: nn.Module, blocks: Blocks, batch: Mapping[str, Any] | None = None
+) -> dict[int, str]:
+    """Return why nothing can stand in for a block, by block.
 
     These are the only ones of their kind in their list (the first block of T5, which computes the
     position bias of all others; the one attention layer of a hybrid stack; the one with full
@@ -46,21 +60,21 @@ def required_blocks(
     weights with another block, or keep the keys and values that later blocks read (Gemma 3n and 4).
     A traced call shows those that change the shape of what passes through them (the first of a
     stage of a convolutional network).
-
-    Args:
-        model: The full model.
-        blocks: Its blocks.
-        batch: Inputs to trace a call with; without them shapes are not looked at.
     """
-    required = {*_sharing_blocks(model, blocks), *_lending_blocks(model, blocks)}
-    if batch is not None:
-        required |= reshaping_blocks(model, blocks, batch)
+    alone = set()
     for item, start in blocks.starts:
         kinds = _kinds(model, item)
         counts = Counter(kinds)
         if len(counts) > 1:
-            required |= {start + i for i, kind in enumerate(kinds) if counts[kind] == 1}
-    return sorted(required)
+            alone |= {start + i for i, kind in enumerate(kinds) if counts[kind] == 1}
+    reshaping = reshaping_blocks(model, blocks, batch) if batch is not None else set()
+    found = {
+        "changes the shape": reshaping,
+        "is alone of its kind": alone,
+        "keeps keys and values for others": _lending_blocks(model, blocks),
+        "shares weights": _sharing_blocks(model, blocks),
+    }
+    return {index: reason for reason, indices in found.items() for index in indices}
 
 
 def _kinds(model: nn.Module, item: BlockList) -> list[tuple[object, ...]]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fedpeat.core.errors import SplitError
 from fedpeat.model.blocks import Blocks
 
-__all__ = ["BlockCall", "block_calls", "check_chain", "reshaping_blocks"]
+__all__ = ["BlockCall", "block_calls", "check_chain", "reshaping_blocks", "tensors_in"]
 
-Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
-"""What a network is called with: arguments by name, in order, or the only one."""
+Inputs = Mapping[str, Any]
+"""What a network is called with, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def block_calls(
 
     def enter(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            entered.setdefault(index, tuple(_tensors([args, kwargs])))
+            entered.setdefault(index, tuple(tensors_in([args, kwargs])))
 
         return hook
 
     def leave(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            calls.setdefault(index, BlockCall(entered[index], tuple(_tensors(output))))
+            calls.setdefault(index, BlockCall(entered[index], tuple(tensors_in(output))))
 
         return hook
 
@@ -77,18 +77,11 @@ def block_calls(
         handles.append(parts[0][1].register_forward_pre_hook(enter(index), with_kwargs=True))
         handles.append(parts[-1][1].register_forward_hook(leave(index)))
     try:
-        call(model, inputs)
+        model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
     return calls
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Return the output of a network."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def reshaping_blocks(model: nn.Module, blocks: Blocks, inputs: Inputs) -> set[int]:
@@ -106,6 +99,8 @@ def reshaping_blocks(model: nn.Module, blocks: Blocks, inputs: Inputs) -> set[in
 def check_chain(model: nn.Module, blocks: Blocks, inputs: Inputs) -> None:
     """Check by a traced call that what one block gives, the next one of its list takes.
 
+    Where the parts of a block are in lists side by side, it is only checked that they run.
+
     Raises:
         SplitError: If a block does not run, or does not take what the one before it gives.
     """
@@ -119,7 +114,12 @@ def check_chain(model: nn.Module, blocks: Blocks, inputs: Inputs) -> None:
                     f"blocks must run one after the other: {name} does not run for these inputs; "
                     "give inputs that it runs for, or name another list with blocks"
                 )
-            if index > start and not _passed_on(calls[index - 1].left, calls[index].entered):
+            side_by_side = len(item.paths) > 1
+            if (
+                index > start
+                and not side_by_side
+                and not _passed_on(calls[index - 1].left, calls[index].entered)
+            ):
                 raise SplitError(
                     f"blocks must form a chain: what {blocks.names(index - 1)[-1]} gives does not "
                     f"enter {name}; name a list whose members run one after the other with blocks"
@@ -131,13 +131,13 @@ def _passed_on(left: Sequence[Tensor], entered: Sequence[Tensor]) -> bool:
     return any(a is b or (a.shape == b.shape and torch.equal(a, b)) for a in left for b in entered)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dictionaries, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
