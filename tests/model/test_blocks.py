@@ -124,6 +124,25 @@ def test_rename_does_not_touch_lists_inside_a_block() -> None:
     assert full.rename(names, full, {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}
 
 
+def test_two_blocks_of_two_kinds_are_no_stages() -> None:
+    decoder = encoder_decoder("t5").get_decoder()
+    assert decoder.block[0].state_dict().keys() != decoder.block[1].state_dict().keys()
+    assert find_blocks(decoder) == Blocks((BlockList(("block",), 2),))
+
+
+def test_stages_of_one_width_that_are_bare_lists_are_cut_inside() -> None:
+    stages = nn.ModuleList(linears(2) for _ in range(3))
+    found = find_blocks(Lists(None, stages=stages))
+    assert found == Blocks(tuple(BlockList((f"stages.{i}",), 2) for i in range(3)))
+
+
+def test_list_as_long_as_the_text_is_deep_comes_before_a_larger_one_of_what_else_it_takes() -> None:
+    model = tiny_model("llama")
+    model.config.audio_layers = 4
+    model.model.audio = linears(4, 64)
+    assert find_blocks(model) == Blocks((BlockList(("model.layers",), 6),))
+
+
 # --- halves of an encoder-decoder ----------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ def _rungs(inspection: Inspection, signs: Mapping[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("layer_drop", no_wrap=True)
     table.add_column("emulator keeps", overflow="fold")
-    for name in ("", "size", "of full", "LoRA", "a round"):
+    for name in ("params", "size", "of full", "LoRA", "a round"):
         table.add_column(name, justify="right", no_wrap=True)
     for rung in inspection.rungs:
         table.add_row(

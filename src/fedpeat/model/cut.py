@@ -343,20 +343,20 @@ def _other_half(path: str) -> str | None:
 
 def _cut_indices(
     model: nn.Module, item: BlockList, members: Sequence[int]
-) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield where the kept blocks, already at their new places, keep indices, and the new ones.
+) -> list[tuple[nn.Module, str, Any]]:
+    """Return where the kept blocks, already at their new places, keep indices, and the new ones.
 
     A block and its parts keep its own, which the cache goes by; a block that runs at several places
     (Zamba 2) keeps a table by index.
     """
-    tables: dict[int, tuple[nn.Module, str, Any]] = {}
+    cut: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
     for place, old in enumerate(members):
         for path in item.paths:
             for module in model.get_submodule(f"{path}.{place}").modules():
                 for name, value in vars(module).items():
                     if _INDEX.match(name) and value == old and not isinstance(value, bool):
-                        yield module, name, place
+                        cut[id(module), name] = module, name, place
                     elif _BY_INDEX.match(name) and isinstance(value, dict):
                         by_place = {members.index(i): v for i, v in value.items() if i in members}
-                        tables[id(value)] = module, name, by_place
-    yield from tables.values()
+                        cut[id(module), name] = module, name, by_place
+    return list(cut.values())
