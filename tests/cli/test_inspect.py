@@ -70,6 +70,6 @@ def test_needed_blocks_are_marked_and_explained_on_any_terminal() -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     show(found, Console(file=screen, width=80))
     screen.flush()
-    shown = screen.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    shown = screen.buffer.getvalue().decode()
     assert "NooooT" in shown
     assert "block 0: is alone of its kind" in shown

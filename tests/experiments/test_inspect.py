@@ -15,6 +15,7 @@ import fedpeat
 import fedpeat.experiments.inspect as module
 import zoo
 from fedpeat.core.errors import ConfigError, EmulatorError, ModelError, SplitError
+from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import fingerprint
 from tiny import tiny_model
 
@@ -136,7 +137,7 @@ def test_inputs_that_do_not_fit_are_refused(
 
 def test_forward_without_names_is_refused() -> None:
     class Unnamed(Custom):
-        def forward(self, *x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        def forward(self, *x: Tensor) -> list[Tensor]:
             return super().forward(*x)
 
     with pytest.raises(ModelError, match=r"must name its inputs, got \*x; wrap it in a module"):
@@ -186,7 +187,7 @@ def broken_copy(model: nn.Module, blocks: Any, kept: Any) -> nn.Module:
     return small
 
 
-BUILD = module.build_from_blocks
+BUILD = build_from_blocks
 
 
 @pytest.mark.parametrize(
