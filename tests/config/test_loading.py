@@ -33,6 +33,7 @@ ODD = {
         "dtype": "float16",
         "device": "cuda:1",
         "trust_remote_code": True,
+        "cut": "decoder",
     },
     "data": {
         "source": "data/[a-z]*.jsonl",

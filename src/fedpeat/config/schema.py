@@ -14,6 +14,7 @@ __all__ = [
     "AdapterConfig",
     "ComparisonPlan",
     "Config",
+    "Cut",
     "DataConfig",
     "EmulatorConfig",
     "EvaluationConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "LocalConfig",
     "Method",
     "ModelConfig",
+    "Placement",
     "ServerConfig",
 ]
 
@@ -30,6 +32,7 @@ PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
 Partition = Literal["natural", "iid", "dirichlet"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 
 
@@ -66,10 +69,14 @@ class ModelConfig:
     """Device to compute on: auto, cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code."""
+    cut: Cut = "both"
+    """Half of an encoder-decoder whose blocks are compressed and tuned: both, encoder or decoder;
+    the other half is sent as it is."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "model.name", "a Hub name, a folder or 'bundled'", self.name)
         _require_choice("model.dtype", DType, self.dtype)
+        _require_choice("model.cut", Cut, self.cut)
 
 
 @dataclass(frozen=True)
