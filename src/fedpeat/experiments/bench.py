@@ -99,7 +99,7 @@ def set_up(
     """
     observer.message(f"loading model {config.model.name}")
     loaded = load_full_model(config)
-    blocks = find_blocks(loaded.model)
+    blocks = find_blocks(loaded.model, cut=config.model.cut)
     task = task_of(config)
     if data is None:
         observer.message(f"reading data {config.data.source}")

@@ -22,6 +22,7 @@ __all__ = [
     "fingerprint",
     "load_image_processor",
     "load_model",
+    "load_strictly",
     "load_tokenizer",
     "resolve_device",
     "resolve_dtype",
@@ -141,23 +142,62 @@ def load_model(
     """
     where = resolve_device(device)
     location = _location(name)
+    model, storage = load_strictly(
+        name,
+        lambda config: _with_head(name, config, auto),
+        revision=revision,
+        dtype=dtype,
+        device=where,
+        trust_remote_code=trust_remote_code,
+    )
+    processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return LoadedModel(
+        model, processor, name, location, storage, fingerprint(model), num_parameters
+    )
+
+
+def load_strictly(
+    name: str,
+    kind_of: Callable[[Any], Any],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[transformers.PreTrainedModel, torch.dtype]:
+    """Load a network; its weights and those in its safetensors file must be the same set.
+
+    Args:
+        name: Hub name, folder, or "bundled".
+        kind_of: Returns the class to load, given the configuration.
+        revision: Branch, tag or commit.
+        dtype: Type to compute in.
+        device: Device to compute on.
+        trust_remote_code: Whether the model may run code of its own.
+
+    Returns:
+        The network, frozen, and the type of the weights in its file.
+
+    Raises:
+        ModelError: If the model is missing, damaged, of another kind or has no safetensors file, or
+            if its file lacks weights or has some that the architecture does not know.
+    """
+    location = _location(name)
     try:
         config = transformers.AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the Hub client and transformers have their own kinds
-        raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
-    _require_head(name, config, auto)
-    processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
-    try:
-        loaded: Any = auto.from_pretrained(
+        loaded: Any = kind_of(config).from_pretrained(
             location,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            dtype=resolve_dtype(dtype, where),
+            dtype=resolve_dtype(dtype, device),
             output_loading_info=True,
         )
+    except ModelError:
+        raise
     except Exception as error:  # the Hub client, safetensors and transformers have their own kinds
         raise ModelError(
             f"cannot load model {name!r} (safetensors only): {_first_line(error)}"
@@ -166,20 +206,22 @@ def load_model(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(problem) or ())):
             raise ModelError(f"model {name!r} has {problem.replace('_', ' ')}: {keys[:5]}")
-    storage = getattr(config, "dtype", None) or torch.float32
-    model = frozen(model, where)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    sha256 = fingerprint(model)
-    return LoadedModel(model, processor, name, location, storage, sha256, num_parameters)
+    return frozen(model, device), getattr(config, "dtype", None) or torch.float32
 
 
-def _require_head(name: str, config: Any, auto: Any) -> None:
+def _with_head(name: str, config: Any, auto: Any) -> Any:
+    """Return the class that loads a network, if it knows this kind of network.
+
+    Raises:
+        ModelError: If it does not.
+    """
     has_own_code = auto.__name__ in (getattr(config, "auto_map", None) or {})
     if not has_own_code and type(config) not in auto._model_mapping:  # noqa: SLF001 - there is no public name
         raise ModelError(
             f"model {name!r} is a {config.model_type!r} network, which {auto.__name__} does not "
             "know; model.task must be what the network does"
         )
+    return auto
 
 
 def fingerprint(model: nn.Module) -> str:
