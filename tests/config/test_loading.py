@@ -29,6 +29,7 @@ ODD = {
     "num_threads": 3,
     "model": {
         "name": "null",
+        "task": "image_classification",
         "revision": "1e5",
         "dtype": "float16",
         "device": "cuda:1",
@@ -46,6 +47,7 @@ ODD = {
         "context_field": " ",
         "key_field": "~",
         "label_field": "'\"",
+        "image_field": "#",
         "partition": "dirichlet",
         "alpha": 1e-05,
         "num_clients": 7,
@@ -54,6 +56,7 @@ ODD = {
         "test_ratio": 0.05,
         "block_size": 17,
         "max_tokens_per_client": 170,
+        "max_examples_per_client": 11,
         "max_eval_blocks": 9,
     },
     "emulator": {

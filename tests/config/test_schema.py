@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "data.test_ratio": ([-0.1, 1.0], [0.0, 0.7]),
     "data.block_size": ([1, 0], [2]),
     "data.max_tokens_per_client": ([0, 127], [128, None]),
+    "data.max_examples_per_client": ([0, -1], [1, None]),
     "data.max_eval_blocks": ([0], [1]),
     "emulator.calibration_tokens": ([0, -1], [1]),
     "emulator.distill_lm_weight": ([-0.1], [0.0]),
