@@ -218,8 +218,8 @@ def _with_head(name: str, config: Any, auto: Any) -> Any:
     has_own_code = auto.__name__ in (getattr(config, "auto_map", None) or {})
     if not has_own_code and type(config) not in auto._model_mapping:  # noqa: SLF001 - there is no public name
         raise ModelError(
-            f"cannot load model {name!r}: it is a {config.model_type!r} network, which {auto.__name__} "
-            "does not know; model.task must be what the network does"
+            f"cannot load model {name!r}: it is a {config.model_type!r} network, which "
+            f"{auto.__name__} does not know; model.task must be what the network does"
         )
     return auto
 
