@@ -139,7 +139,7 @@ def test_stages_of_one_width_that_are_bare_lists_are_cut_inside() -> None:
 def test_list_as_long_as_the_text_is_deep_comes_before_a_larger_one_of_what_else_it_takes() -> None:
     model = tiny_model("llama")
     model.config.audio_layers = 4
-    model.model.audio = linears(4, 64)
+    model.model.audio = linears(4, 256)
     assert find_blocks(model) == Blocks((BlockList(("model.layers",), 6),))
 
 
