@@ -124,6 +124,16 @@ def test_rename_does_not_touch_lists_inside_a_block() -> None:
     assert full.rename(names, full, {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}
 
 
+def test_one_block_that_runs_over_and_over_is_refused() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=32, embedding_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+        num_hidden_layers=4,
+    )  # fmt: skip
+    message = "AlbertModel runs the one block in encoder.albert_layer_groups 4 times over"
+    with pytest.raises(SplitError, match=message):
+        find_blocks(transformers.AlbertModel(config))
+
+
 def test_two_blocks_of_two_kinds_are_no_stages() -> None:
     decoder = encoder_decoder("t5").get_decoder()
     assert decoder.block[0].state_dict().keys() != decoder.block[1].state_dict().keys()
@@ -195,3 +205,18 @@ def test_half_that_a_network_does_not_have_is_refused(half: Cut) -> None:
     message = f"LlamaForCausalLM has no {half} to cut by itself; model.cut must be both, got {half}"
     with pytest.raises(SplitError, match=message):
         find_blocks(tiny_model("llama"), cut=half)
+
+
+def test_tensors_of_every_list_and_part_are_located_and_renamed() -> None:
+    lists = BlockList(("a", "b"), 3), BlockList(("c",), 2)
+    full = Blocks(lists)
+    assert [full.locate(n) for n in ("a.1.w", "b.2.w", "c.1.w", "x.c.0.w", "c.norm", "ca.1.w")] == [
+        1, 2, 4, 3, None, None,
+    ]  # fmt: skip
+    names = ["a.2.w", "b.2.a.0.w", "c.1.w", "c.0.w", "norm"]
+    assert full.rename(names, full.select([2, 4]), {2: 0, 4: 1}) == {
+        "a.2.w": "a.0.w",
+        "b.2.a.0.w": "b.0.a.0.w",
+        "c.1.w": "c.0.w",
+        "norm": "norm",
+    }

@@ -240,12 +240,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter be trained for a while: PyTorch computes some of them by other formulas."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
     try:
         yield
     finally:
         for parameter in trained:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
 
 
 @contextmanager
