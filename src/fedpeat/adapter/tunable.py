@@ -27,8 +27,9 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError
 from fedpeat.core.run_folder import replace_folder
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.modes import evaluating
 
-__all__ = ["Tunable", "adapter_facts", "attach", "check_state", "read_adapter"]
+__all__ = ["Tunable", "adapter_facts", "attach", "attached", "check_state", "read_adapter"]
 
 _PEFT_PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -184,6 +185,44 @@ def attach(
     names = here.rename(trained, blocks, to_full)
     tuned_model.eval()
     return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
+
+
+@contextmanager
+def attached(
+    model: transformers.PreTrainedModel,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    config: AdapterConfig,
+    *,
+    kept: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Iterator[Tunable]:
+    """Attach an adapter for a while; afterwards the network is as it was, values and modes too.
+
+    Args and Raises as of ``attach``.
+    """
+    before = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    owned = {id(p) for p, _, _ in before}
+    values: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with evaluating(model):
+        tuned_model: Any = None
+        try:
+            tunable = attach(model, blocks, tuned, config, kept=kept, seed=seed)
+            tuned_model = tunable.model
+            tuned_weights = [p for p in tunable.parameters.values() if id(p) in owned]
+            values = [(p, p.detach().clone()) for p in tuned_weights]
+            yield tunable
+        finally:
+            if isinstance(tuned_model, peft.PeftModel) and hasattr(
+                tuned_model.base_model, "unload"
+            ):
+                tuned_model.base_model.unload()  # type: ignore[operator]
+            for parameter, data, flag in before:
+                parameter.data = data
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for weight, value in values:
+                    weight.copy_(value)
 
 
 def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,6 +15,7 @@ from fedpeat.data.federation import FederatedText
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_blocks
+from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreement
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
@@ -34,6 +35,7 @@ def make_emulator(
     *,
     seed: int,
     observer: Observer,
+    probe: Probe | None = None,
 ) -> EmulatorPackage:
     """Return the emulator of a model.
 
@@ -46,6 +48,7 @@ def make_emulator(
         text: The server's text is used to distil, the validation split to measure.
         seed: Seed of distillation.
         observer: Is told the progress, and what fidelity the budget bought.
+        probe: The adapter that the emulator is for, to measure its gradients; None leaves that out.
 
     Raises:
         EmulatorError: If there is nothing to compress, or no text to distil on.
@@ -55,6 +58,7 @@ def make_emulator(
     kept = choose_blocks(recipe.selection, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept)
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    computed = next(loaded.model.parameters()).dtype
     fidelity: dict[str, float] = {}
     if not recipe.is_full:
         pair = _pair(loaded.model, student, blocks, kept, tuned)
@@ -64,7 +68,6 @@ def make_emulator(
         for step in recipe.steps:
             if step.name == "distill":
                 _distill(pair, blocks, kept, tuned, config, int(step.value), text, seed, observer)
-        computed = next(loaded.model.parameters()).dtype
         for rounded_to in (dtype, computed):  # measure what will be sent
             torch.nn.Module.to(student, dtype=rounded_to)
         fidelity |= measure_fidelity(pair, text.validation, 16)
@@ -78,6 +81,22 @@ def make_emulator(
         dtype=dtype,
         parent_sha256=loaded.sha256,
     )
+    if not recipe.is_full and probe is not None:
+        del pair, student  # what devices build from the bytes takes its place
+        sent = package.build(next(loaded.model.parameters()).device, computed)
+        pair = _pair(loaded.model, sent, blocks, kept, tuned)
+        fidelity |= measure_agreement(
+            loaded.model,
+            sent,
+            (pair.teacher_block, pair.student_block),
+            blocks,
+            kept,
+            tuned or kept,
+            text,
+            probe,
+            seed=seed,
+        )
+        observer.message(agreement_line(fidelity))
     return package.with_fidelity(fidelity)
 
 
