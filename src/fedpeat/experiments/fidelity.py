@@ -20,10 +20,8 @@ from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["Probe", "agreement_line", "measure_agreement"]
 
-NUM_BLOCKS = 64
-"""Blocks of validation text that states and predictions are compared on."""
-NUM_GRADIENT_BLOCKS = 32
-"""Blocks of validation text that gradients are compared on."""
+NUM_BLOCKS = 32
+"""Blocks of validation text that the two are compared on."""
 BATCH_SIZE = 8
 
 
@@ -84,7 +82,8 @@ def measure_agreement(
         seed: Seed of the run.
     """
     pair = Pair(model, emulator, *boundary)
-    measured = agreement(pair, text.validation.spread(NUM_BLOCKS), BATCH_SIZE)
+    data = text.validation.spread(NUM_BLOCKS)
+    measured = agreement(pair, data, BATCH_SIZE)
     init = derive_seed(seed, "adapter")
     with (
         attached(model, blocks, tuned, probe.adapter, seed=init) as full,
@@ -93,7 +92,6 @@ def measure_agreement(
         if _shapes(full) != _shapes(small):  # they cannot hold equal values
             return measured
         small.load(full.state())
-        data = text.validation.spread(NUM_GRADIENT_BLOCKS)
         measured |= _compared(full, small, data, blocks)
         train(
             small,

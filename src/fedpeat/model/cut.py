@@ -21,6 +21,7 @@ __all__ = [
     "build_from_blocks",
     "cut_in_place",
     "frozen",
+    "index_attributes",
     "only_blocks",
     "required_blocks",
     "skeleton",
@@ -172,7 +173,7 @@ def cut_in_place(model: nn.Module, blocks: Blocks, kept: Sequence[int]) -> Calla
             change(owner, name, value)
         for place, old in enumerate(members):
             for path in item.paths:
-                for module, name in _index_attributes(model.get_submodule(f"{path}.{place}"), old):
+                for module, name in index_attributes(model.get_submodule(f"{path}.{place}"), old):
                     change(module, name, place)
 
     def put_back() -> None:
@@ -325,7 +326,7 @@ def _other_half(path: str) -> str | None:
     return "encoder" if "decoder" in path.split(".") else None
 
 
-def _index_attributes(block: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
+def index_attributes(block: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
     """Return where a block and its parts keep the block's own index, which the cache goes by."""
     return [
         (module, name)

@@ -1,0 +1,159 @@
+"""What an attacker starts from: an emulator's network to train, whole again, or none at all.
+
+All of it is made from the emulator's own files, as a device has them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import transformers
+from torch import nn
+
+from fedpeat.emulator.package import EmulatorPackage
+from fedpeat.model.blocks import Blocks, block_kind
+from fedpeat.model.cut import cut_in_place, frozen, index_attributes, skeleton
+
+__all__ = ["from_scratch", "misses_blocks", "plain", "random_network", "reinserted", "trainable"]
+
+
+def misses_blocks(package: EmulatorPackage) -> bool:
+    """Say whether blocks were dropped."""
+    return len(package.manifest.source_blocks) < package.manifest.blocks.num_blocks
+
+
+def trainable(package: EmulatorPackage, device: torch.device) -> transformers.PreTrainedModel:
+    """Return an emulator's network in float32 with every weight to be trained."""
+    model = plain(package.build(device, torch.float32))
+    return _to_train(model, device)
+
+
+def from_scratch(
+    package: EmulatorPackage, device: torch.device, seed: int
+) -> transformers.PreTrainedModel:
+    """Return a random network with as many blocks as the emulator, to be trained."""
+    model = random_network(package, seed)
+    cut_in_place(model, package.manifest.blocks, package.manifest.source_blocks)
+    return _to_train(model, device)
+
+
+def reinserted(
+    package: EmulatorPackage, device: torch.device, seed: int
+) -> transformers.PreTrainedModel:
+    """Return a network with all blocks of the full model, to be trained.
+
+    A missing block begins as a copy of the nearest kept one of its kind (of two, the one below),
+    and stays random where the emulator holds none. What is outside of the blocks is the emulator's.
+    """
+    manifest = package.manifest
+    blocks, kept = manifest.blocks, list(manifest.source_blocks)
+    emulator = plain(package.build(torch.device("cpu"), torch.float32))
+    model = random_network(package, seed)
+    _copy_rest(model, emulator, blocks)
+    own = blocks.select(kept)
+    for index in range(blocks.num_blocks):
+        nearest = _nearest(model, blocks, kept, index)
+        if nearest is None:
+            continue
+        place = kept.index(nearest)
+        for (name, _), (_, source) in zip(
+            blocks.parts(model, index), own.parts(emulator, place), strict=True
+        ):
+            _put(model, name, _moved(source, place, index))
+    return _to_train(model, device)
+
+
+def random_network(package: EmulatorPackage, seed: int) -> transformers.PreTrainedModel:
+    """Return the full model's network as its configuration makes it, with random weights."""
+    manifest = package.manifest
+    every = range(manifest.blocks.num_blocks)
+    hollow = skeleton(manifest.architecture, package.config, manifest.blocks, every, torch.float32)
+    kind, config = type(hollow), hollow.config
+    del hollow
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: transformers.PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001 - there is no public name
+    return frozen(model, torch.device("cpu"))
+
+
+def plain(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Turn every quantised layer of a network into a plain linear one, in place."""
+    for name, layer in list(_quantised(model)):
+        _put(model, name, as_plain_linear(layer))
+    return model
+
+
+def as_plain_linear(layer: nn.Module) -> nn.Linear:
+    """Return the linear layer that does what a quantised one does, read off from unit vectors.
+
+    It needs no knowledge of how the weights are stored: row i of the identity gives column i of the
+    weight, and zero the bias.
+    """
+    size, out = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+    device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, size, device=device)).float()
+        weight = layer(torch.eye(size, device=device)).float() - bias
+        linear = nn.Linear(size, out, bias=bool(bias.any()), device=device)
+        linear.weight.copy_(weight.T)
+        if bias.any():
+            linear.bias.copy_(bias[0])
+    return linear
+
+
+def _quantised(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost layers from vectors to vectors that have no matrix to train."""
+    for name, child in module.named_children():
+        has_sizes = all(
+            isinstance(getattr(child, n, None), int) for n in ("in_features", "out_features")
+        )
+        if has_sizes and not any(p.ndim > 1 and p.is_floating_point() for p in child.parameters()):
+            yield prefix + name, child
+        else:
+            yield from _quantised(child, f"{prefix}{name}.")
+
+
+def _nearest(model: nn.Module, blocks: Blocks, kept: list[int], index: int) -> int | None:
+    kind = _kind(model, blocks, index)
+    alike = [i for i in kept if _kind(model, blocks, i) == kind]
+    return min(alike, key=lambda i: (abs(i - index), i), default=None)
+
+
+def _kind(model: nn.Module, blocks: Blocks, index: int) -> tuple[object, ...]:
+    """Return list and kind of a block: blocks of the encoder cannot stand in the decoder."""
+    owner = next(item for item, start in reversed(blocks.starts) if index >= start)
+    return owner, *(block_kind(part) for _, part in blocks.parts(model, index))
+
+
+def _moved(block: nn.Module, place: int, index: int) -> nn.Module:
+    """Return a copy of a block that knows its new place."""
+    moved = copy.deepcopy(block)
+    for module, name in index_attributes(moved, place):
+        setattr(module, name, index)
+    return moved
+
+
+def _copy_rest(model: nn.Module, emulator: nn.Module, blocks: Blocks) -> None:
+    """Give a network the emulator's tensors outside of the blocks, where they have its shapes."""
+    held = dict(emulator.named_parameters()) | dict(emulator.named_buffers())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found = held.get(name)
+        if blocks.locate(name) is None and found is not None and found.shape == tensor.shape:
+            with torch.no_grad():
+                tensor.copy_(found)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _to_train(
+    model: transformers.PreTrainedModel, device: torch.device
+) -> transformers.PreTrainedModel:
+    frozen(model, device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
