@@ -76,22 +76,38 @@ def test_copies_of_one_block_are_trained_apart() -> None:
     assert all(p.requires_grad for p in whole.parameters())
 
 
-def test_a_block_of_which_no_like_is_kept_stays_random() -> None:
+def t5(kept: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    """Return an encoder-decoder of four blocks each, and what re-insertion makes of some."""
     config = transformers.T5Config(
         vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=4, num_decoder_layers=4, num_heads=2
     )
     config.decoder_start_token_id = 0
     model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
-    blocks, kept = find_blocks(model), (0, 3, 4, 7)
+    blocks = find_blocks(model)
     small = build_from_blocks(model, blocks, kept)
     package = pack_emulator(
         small, model, blocks, kept, recipe="", dtype=torch.float32, parent_sha256=""
     )
-    whole = reinserted(package, CPU, 0)
-    weight = "layer.0.SelfAttention.q.weight"
-    for index, nearest in enumerate([0, 3, 3, 3, 4, 7, 7, 7]):  # a decoder's never for an encoder's
-        one = blocks.output(whole, index).get_parameter(weight)
-        assert torch.equal(one, blocks.output(model, nearest).get_parameter(weight)), index
+    return model, reinserted(package, CPU, 0)
+
+
+def same_query(model: nn.Module, whole: nn.Module, index: int, source: int) -> bool:
+    weight, blocks = "layer.0.SelfAttention.q.weight", find_blocks(model)
+    one = blocks.output(whole, index).get_parameter(weight)
+    return torch.equal(one, blocks.output(model, source).get_parameter(weight))
+
+
+def test_a_block_of_the_encoder_never_stands_in_the_decoder() -> None:
+    model, whole = t5((0, 3, 4, 7))
+    # of each half the first block, which computes the position bias, is of a kind of its own
+    expected = [0, 3, 3, 3, 4, 7, 7, 7]
+    assert all(same_query(model, whole, i, source) for i, source in enumerate(expected))
+
+
+def test_a_block_of_a_kind_of_which_none_is_kept_stays_random() -> None:
+    model, whole = t5((1, 3, 4, 7))
+    assert not any(same_query(model, whole, 0, source) for source in range(8))
+    assert same_query(model, whole, 2, 1)
 
 
 def test_random_networks_are_those_of_their_seed_and_leave_the_random_state() -> None:
