@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fedpeat.emulator.exposure import Exposure, exposure
+from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.model.blocks import BlockList, Blocks, find_blocks
 from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.layers import LayerSpec, replace_layers
 from tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -21,7 +24,9 @@ def packed(kept: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Emulato
     model = tiny_model("gpt2")
     blocks = find_blocks(model)
     small = build_from_blocks(model, blocks, kept)
-    return pack_emulator(small, model, blocks, kept, recipe="", dtype=dtype, parent_sha256="0" * 64)
+    return pack_emulator(
+        small, model, blocks, kept, layers=(), recipe="", dtype=dtype, parent_sha256="0" * 64
+    )
 
 
 def size(module: nn.Module) -> int:
@@ -32,7 +37,7 @@ def size(module: nn.Module) -> int:
 def test_kept_blocks_and_what_is_outside_of_blocks_count_and_tied_weights_once(
     dtype: torch.dtype,
 ) -> None:
-    model = tiny_model("gpt2")
+    model: Any = tiny_model("gpt2")
     package = packed((0, 2, 5), dtype)
     found = exposure(package.manifest, package.build(CPU, torch.float32), model)
     dropped = sum(size(model.transformer.h[i]) for i in (1, 3, 4))
@@ -46,7 +51,7 @@ def test_a_weight_that_was_moved_a_little_is_a_near_copy(
 ) -> None:
     model, package = tiny_model("gpt2"), packed((0, 2, 5))
     before = exposure(package.manifest, package.build(CPU, torch.float32), model)
-    emulator = package.build(CPU, torch.float32)
+    emulator: Any = package.build(CPU, torch.float32)
     weight = emulator.transformer.h[1].mlp.c_fc.weight
     weight.mul_(1 + change)
     found = exposure(package.manifest, emulator, model)
@@ -57,7 +62,7 @@ def test_a_weight_that_was_moved_a_little_is_a_near_copy(
 def test_a_block_at_another_place_is_compared_with_the_one_that_it_came_from() -> None:
     model, package = tiny_model("gpt2"), packed((0, 2, 5))
     wrong = replace(package.manifest, source_blocks=(0, 3, 5))
-    emulator = package.build(CPU, torch.float32)
+    emulator: Any = package.build(CPU, torch.float32)
     matrices = [p for p in emulator.transformer.h[1].parameters() if p.ndim == 2]
     right = exposure(package.manifest, emulator, model).num_near
     assert right - exposure(wrong, emulator, model).num_near == sum(p.numel() for p in matrices)
@@ -68,8 +73,9 @@ class Layers(nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Module()])
-        self.blocks[1].weight = nn.Parameter(weight)
+        second: Any = nn.Module()
+        second.weight = nn.Parameter(weight)
+        self.blocks: Any = nn.ModuleList([nn.Linear(4, 4, bias=False), second])
 
 
 @pytest.mark.parametrize("dimension", [0, 1])
@@ -97,3 +103,28 @@ def test_a_layer_of_another_form_exposes_nothing() -> None:
     full, small = Layers(torch.randn(6, 8)), Layers(torch.randn(3, 5))
     small.blocks[0] = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False))
     assert exposure(manifest, small, full) == Exposure(64, 0, 0)
+
+
+def test_layers_in_few_bits_and_of_low_rank_count_by_the_matrix_that_they_amount_to() -> None:
+    model, blocks = tiny_model("llama"), find_blocks(tiny_model("llama"))
+    manifest = packed((0, 5)).manifest
+    every = replace(manifest, blocks=blocks, source_blocks=tuple(range(6)))
+    whole = size(model)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    for kind, num_near in (("int8", whole), ("int4", whole - matrices)):
+        small = build_from_blocks(model, blocks, range(6))
+        store_in_few_bits(small, kind)  # type: ignore[arg-type]
+        found = exposure(every, small, model)
+        assert (found.num_equal, found.num_near) == (whole - matrices, num_near), kind
+    name = "model.layers.2.mlp.up_proj"
+    weight = model.get_parameter(name + ".weight")
+    for rank, is_near in ((32, True), (4, False)):
+        small = build_from_blocks(model, blocks, range(6))
+        replace_layers(small, [LayerSpec(name, "low_rank", rank)])
+        layer: Any = small.get_submodule(name)
+        left, values, right = torch.linalg.svd(weight.detach(), full_matrices=False)
+        layer.up.weight.data = left[:, :rank] * values[:rank]
+        layer.down.weight.data = right[:rank]
+        found = exposure(every, small, model)
+        assert found.num_near == whole - weight.numel() * (1 - is_near)
+        assert found.num_equal == whole - weight.numel()

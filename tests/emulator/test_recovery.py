@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.recovery import (
-    as_plain_linear,
     from_scratch,
     misses_blocks,
-    plain,
     random_network,
     reinserted,
     trainable,
 )
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.layers import LayerKind
 from tiny import CONFIGS, random_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ def packed(kind: str = "llama", kept: tuple[int, ...] = (0, 2, 5)) -> EmulatorPa
     blocks = find_blocks(model)
     small = build_from_blocks(model, blocks, kept)
     return pack_emulator(
-        small, model, blocks, kept, recipe="", dtype=torch.float32, parent_sha256=""
+        small, model, blocks, kept, layers=(), recipe="", dtype=torch.float32, parent_sha256=""
     )
 
 
@@ -49,8 +51,9 @@ def test_with_every_block_kept_nothing_is_missing_and_the_model_is_back(kind: st
 def test_a_missing_block_is_a_copy_of_the_nearest_kept_one(kind: str) -> None:
     package = packed(kind)
     assert misses_blocks(package)
-    whole, blocks = reinserted(package, CPU, 0), find_blocks(tiny_model(kind))
-    original = tiny_model(kind)
+    whole: Any = reinserted(package, CPU, 0)
+    original: Any = tiny_model(kind)
+    blocks = find_blocks(original)
     for index, nearest in enumerate([0, 0, 2, 2, 5, 5]):
         pairs = zip(
             blocks.output(whole, index).parameters(),
@@ -63,7 +66,7 @@ def test_a_missing_block_is_a_copy_of_the_nearest_kept_one(kind: str) -> None:
 
 
 def test_each_block_knows_its_own_place_so_that_a_cache_works() -> None:
-    whole = reinserted(packed(), CPU, 0)
+    whole: Any = reinserted(packed(), CPU, 0)
     assert [block.self_attn.layer_idx for block in whole.model.layers] == list(range(6))
     ids = random_ids()
     cached = whole(input_ids=ids, use_cache=True).logits.detach()
@@ -71,12 +74,12 @@ def test_each_block_knows_its_own_place_so_that_a_cache_works() -> None:
 
 
 def test_copies_of_one_block_are_trained_apart() -> None:
-    whole = reinserted(packed(), CPU, 0)
+    whole: Any = reinserted(packed(), CPU, 0)
     assert len({p.data_ptr() for p in whole.parameters()}) == len(list(whole.parameters()))
     assert all(p.requires_grad for p in whole.parameters())
 
 
-def t5(kept: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+def t5(kept: tuple[int, ...]) -> tuple[Any, Any]:
     """Return an encoder-decoder of four blocks each, and what re-insertion makes of some."""
     config = transformers.T5Config(
         vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=4, num_decoder_layers=4, num_heads=2
@@ -86,7 +89,7 @@ def t5(kept: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     blocks = find_blocks(model)
     small = build_from_blocks(model, blocks, kept)
     package = pack_emulator(
-        small, model, blocks, kept, recipe="", dtype=torch.float32, parent_sha256=""
+        small, model, blocks, kept, layers=(), recipe="", dtype=torch.float32, parent_sha256=""
     )
     return model, reinserted(package, CPU, 0)
 
@@ -124,42 +127,44 @@ def test_random_networks_are_those_of_their_seed_and_leave_the_random_state() ->
     assert not held & {t.numpy().tobytes() for t in scratch.state_dict().values()}
 
 
-class Stored(nn.Module):
-    """A linear layer in int8 without any parameter."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("codes", (layer.weight.detach() / scale).round().to(torch.int8))
-        bias = layer.bias.detach().clone() if layer.bias is not None else None
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.codes.float() * self.scale, self.bias)
+def in_few_bits(kind: str, bits: LayerKind) -> EmulatorPackage:
+    model = tiny_model(kind)
+    blocks, kept = find_blocks(model), (0, 2, 5)
+    small = build_from_blocks(model, blocks, kept)
+    layers = store_in_few_bits(small, bits)
+    return pack_emulator(
+        small, model, blocks, kept, layers=layers, recipe="", dtype=torch.float32, parent_sha256=""
+    )
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_quantised_layer_becomes_the_plain_one_that_does_the_same(*, bias: bool) -> None:
-    stored = Stored(nn.Linear(5, 3, bias=bias))
-    linear = as_plain_linear(stored)
-    x = torch.randn(4, 2, 5)
-    torch.testing.assert_close(linear(x), stored(x))
-    assert (linear.bias is not None) == bias
-
-
-def test_every_quantised_layer_of_a_network_becomes_plain_and_no_other() -> None:
-    model = tiny_model("llama")
-    before = logits(model)
-    down = model.model.layers[1].mlp.down_proj
-    model.model.layers[1].mlp.down_proj = Stored(down)
-    stored = logits(model)
-    assert not torch.equal(stored, before)
-    others = {n: id(m) for n, m in model.named_modules() if n != "model.layers.1.mlp.down_proj"}
-    plain(model)
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])  # gemma scales its embeddings
+def test_an_emulator_in_few_bits_is_trained_in_plain_layers_that_do_the_same(
+    kind: str, bits: LayerKind
+) -> None:
+    package = in_few_bits(kind, bits)
+    stored = logits(package.build(CPU, torch.float32))
+    model = trainable(package, CPU)
     torch.testing.assert_close(logits(model), stored, rtol=1e-4, atol=1e-4)
-    assert {n: id(m) for n, m in model.named_modules() if n in others} == others
-    weight = model.model.layers[1].mlp.down_proj.weight
-    assert isinstance(weight, nn.Parameter)
-    torch.testing.assert_close(weight, down.weight, rtol=0, atol=0.01)
+    assert sum(p.numel() for p in model.parameters()) == package.manifest.num_parameters
+    kept, original = (
+        model.state_dict(),
+        build_from_blocks(tiny_model(kind), find_blocks(tiny_model(kind)), (0, 2, 5)),
+    )
+    assert kept.keys() == original.state_dict().keys()
+    assert {type(m) for m in model.modules()} == {type(m) for m in original.modules()}
+    model(input_ids=random_ids(), labels=random_ids()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_missing_blocks_of_an_emulator_in_few_bits_are_put_back_as_plain_layers() -> None:
+    whole: Any = reinserted(in_few_bits("llama", "int8"), CPU, 0)
+    original: Any = tiny_model("llama")
+    assert whole.state_dict().keys() == original.state_dict().keys()
+    for index, nearest in enumerate([0, 0, 2, 2, 5, 5]):
+        weight = whole.model.layers[index].mlp.up_proj.weight
+        torch.testing.assert_close(
+            weight, original.model.layers[nearest].mlp.up_proj.weight, rtol=0, atol=0.01
+        )
+    embedding = whole.model.embed_tokens.weight
+    torch.testing.assert_close(embedding, original.model.embed_tokens.weight, rtol=0, atol=0.01)

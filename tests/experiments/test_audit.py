@@ -14,6 +14,7 @@ from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import AuditPlan
 from fedpeat.core.errors import ConfigError, DataError, EmulatorError
 from fedpeat.data.documents import Document
+from fedpeat.data.federation import load_federated_documents
 from fedpeat.data.files import read_local_documents
 from fedpeat.data.packing import pack
 from fedpeat.data.records import Fields
@@ -195,7 +196,7 @@ def test_no_document_that_is_measured_on_is_in_the_attackers_text(
     plan = AuditPlan(public_text=str(corpus_file))  # what the run itself is made of
     audit_text(suspect, plan, load_tokenizer(str(model_dir)), Silent())
     config = suspect.config
-    test = audit_inputs.load_federated_documents(config.data, config.seed).test
+    test = load_federated_documents(config.data, config.seed).test
     assert len(packed) == 240 - len(test)
     assert not {d.text for d in packed} & {d.text for d in test}
 

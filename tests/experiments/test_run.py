@@ -17,6 +17,9 @@ from safetensors.numpy import load_file
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import AdapterError, ConfigError
+from fedpeat.emulator.package import EmulatorPackage
+from fedpeat.experiments import bench
+from fedpeat.experiments.emulators import make_emulator
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.export import export_adapter
 from fedpeat.experiments.results import gap_closed
@@ -227,3 +230,17 @@ def test_overwriting_local_starts_every_device_anew(config: Config) -> None:
     changes = {"method": "local", "federated": {"num_rounds": 1}, "seed": 1}
     again = run(override(config, changes), overwrite=True)
     assert again["cost"]["num_tokens"] == first["cost"]["num_tokens"] / 3
+
+
+def test_the_emulator_of_devices_that_tune_alone_is_made_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> EmulatorPackage:
+        made.append(make_emulator(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "make_emulator", counted)
+    summary = run(override(config, {"method": "local"}))
+    assert [package.manifest.num_bytes for package in made] == [summary["emulator"]["num_bytes"]]

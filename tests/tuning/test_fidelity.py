@@ -31,9 +31,8 @@ def pair(kept: tuple[int, ...] = (0, 2, 5), kind: str = "llama") -> Pair:
     blocks = find_blocks(teacher)
     student = build_from_blocks(teacher, blocks, kept)
     last = max(j for j, i in enumerate(kept) if i <= 4)
-    return Pair(
-        teacher, student, blocks.output(teacher, 4), blocks.select(kept).output(student, last)
-    )
+    own = blocks.select(kept)
+    return Pair(teacher, student, [(blocks.output(teacher, 4), own.output(student, last))])
 
 
 def tunable(kept: tuple[int, ...] | None, kind: str = "llama") -> tuple[Tunable, Blocks]:
@@ -68,14 +67,14 @@ def test_agreement_worked_by_hand() -> None:
     ours[..., 0] = math.log(3)  # 3/4 and 1/4, against 1/2 and 1/2
     theirs[:, 1::2, 1] = 1e-3  # every second guess is the other one
     one, other = Fixed(teacher, ours), Fixed(student, torch.zeros_like(ours))
-    measured = agreement(Pair(one, other, one.block, other.block), data, 4)
+    measured = agreement(Pair(one, other, [(one.block, other.block)]), data, 4)
     assert measured["hidden_relative_error"] == pytest.approx(math.sqrt(16 / 2 / 25))
     assert measured["hidden_cosine"] == pytest.approx((1 + 3 / 5) / 2)
     assert measured["logit_kl"] == pytest.approx(
         0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5), rel=1e-5
     )
     other.logits = theirs
-    same = agreement(Pair(one, other, one.block, other.block), data, 4)["top1_agreement"]
+    same = agreement(Pair(one, other, [(one.block, other.block)]), data, 4)["top1_agreement"]
     assert same == pytest.approx(sum(i % 2 == 0 for i in range(length - 1)) / (length - 1))
 
 

@@ -142,11 +142,12 @@ def _names(value: str | Sequence[str]) -> Sequence[str]:
 
 
 def _put_on(model: transformers.PreTrainedModel, settings: peft.PeftConfig) -> nn.Module:
-    with (
-        warnings.catch_warnings()
-    ):  # peft 0.21 asks transformers 5.23 by an old name; nothing a user can change
-        warnings.filterwarnings(
+    with warnings.catch_warnings():  # nothing a user can change
+        warnings.filterwarnings(  # peft 0.21 asks transformers 5.23 by an old name
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        warnings.filterwarnings(  # peft sets it right for each layer of a mixed network
+            "ignore", message="fan_in_fan_out is set to", category=UserWarning
         )
         return peft.get_peft_model(model, settings)
 
@@ -159,6 +160,7 @@ def _modules_in(
         for index in tuned
         for part_name, part in blocks.parts(model, index)
         for name, module in part.named_modules()
+        if not isinstance(part.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D)
     ]
 
 
@@ -181,10 +183,11 @@ def _is_linear(module: nn.Module) -> bool:
     """Say whether a layer maps vectors to vectors; routers are subclasses that return more."""
     if type(module).forward in {nn.Linear.forward, Conv1D.forward}:
         return True
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear | Conv1D):
         return False
     weight = module.weight
-    vector = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device)
+    width = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+    vector = torch.zeros(1, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         try:
             return isinstance(module(vector), torch.Tensor)

@@ -157,17 +157,22 @@ class EmulatorConfig:
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
-    ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text. For
-    example greedy:0.5+distill:200000."""
+    ratio in (0, 1], or full for every block; then low_rank and the share of each matrix's weights
+    to keep; then distill:TOKENS of the server's own text; then int8 or int4. For example
+    greedy:0.5+distill:200000+int8."""
     calibration_tokens: int = 16384
-    """Tokens of the server's own text that a choice of blocks looks at."""
+    """Tokens of the server's own text that a choice of blocks, and low_rank, look at."""
     dtype: DType = "auto"
     """Type in which the emulator is stored and sent; auto takes the type of the model's own
     file."""
     distill_lm_weight: float = 1.0
     """Weight of the language-modelling loss in distillation."""
     distill_hidden_weight: float = 30.0
-    """Weight of the normalised hidden-state error in distillation."""
+    """Weight of the normalised hidden-state error, at the end of the middle, in distillation."""
+    distill_logit_weight: float = 0.0
+    """Weight of the divergence of the two next-token distributions in distillation."""
+    distill_block_weight: float = 0.0
+    """Weight of the mean of the hidden-state errors after each kept block in distillation."""
     distill_learning_rate: float = 1e-4
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
@@ -182,9 +187,11 @@ class EmulatorConfig:
             self.calibration_tokens,
         )
         _require_choice("emulator.dtype", DType, self.dtype)
-        _require_not_negative("emulator.distill_lm_weight", self.distill_lm_weight)
-        _require_not_negative("emulator.distill_hidden_weight", self.distill_hidden_weight)
-        weights = self.distill_lm_weight + self.distill_hidden_weight
+        weights = 0.0
+        for term in ("lm", "hidden", "logit", "block"):
+            name = f"distill_{term}_weight"
+            _require_not_negative(f"emulator.{name}", getattr(self, name))
+            weights += getattr(self, name)
         _require(
             not recipe.has("distill") or weights > 0,
             "emulator.distill_*_weight",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,35 +36,36 @@ class Exposure:
 def exposure(manifest: Manifest, emulator: nn.Module, full: nn.Module) -> Exposure:
     """Compare an emulator's weights with the full model's, by name.
 
-    Tensors of one shape are compared whole. Where a layer was made narrower, its rows (or columns)
-    are: each with the one of the full model that is nearest. A tensor without a partner, such as a
-    factor of a low-rank layer, exposes nothing by this measure.
+    Tensors of one shape are compared whole; of a layer in few bits or of low rank, the matrix that
+    it amounts to. Where a layer was made narrower, its rows (or columns) are: each with the one of
+    the full model that is nearest.
 
     Args:
         manifest: What the emulator is.
-        emulator: Its network; quantised layers made plain before (``plain``).
+        emulator: Its network.
         full: The full model.
     """
-    own = manifest.blocks.select(manifest.source_blocks)
-    held = dict(emulator.named_parameters(remove_duplicate=False))
-    to_full = dict(enumerate(manifest.source_blocks))
-    names = own.rename(held, manifest.blocks, to_full)
-    by_full_name = {names[name]: tensor for name, tensor in held.items()}
-    return _counted(dict(full.named_parameters()), by_full_name, DTYPES[manifest.dtype])
-
-
-def _counted(
-    full: Mapping[str, Tensor], held: Mapping[str, Tensor], dtype: torch.dtype
-) -> Exposure:
-    total, equal, near = 0, 0, 0
-    for name, original in full.items():
-        total += original.numel()
-        if name in held:
-            one = original.detach().to(dtype).double()
-            other = held[name].detach().to(one.device, dtype).double()
-            found = _matched(one, other)
+    blocks, kept = manifest.blocks, manifest.source_blocks
+    places = {index: place for place, index in enumerate(kept)}
+    originals = dict(full.named_parameters())
+    names = blocks.rename(originals, blocks.select(kept), places)
+    dtype = DTYPES[manifest.dtype]
+    equal, near = 0, 0
+    for name, own_name in names.items():
+        held = _tensor(emulator, own_name)
+        if held is not None:
+            one = originals[name].detach().to(dtype).double()
+            found = _matched(one, held.detach().to(one.device, dtype).double())
             equal, near = equal + found[0], near + found[1]
-    return Exposure(total, equal, near)
+    return Exposure(sum(p.numel() for p in originals.values()), equal, near)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """Return a tensor by its dotted name, one that is computed as well."""
+    value: object = model
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None
 
 
 def _matched(original: Tensor, held: Tensor) -> tuple[int, int]:

@@ -24,10 +24,11 @@ from fedpeat.core.run_folder import replace_folder
 from fedpeat.core.wire import Payload
 from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
+from fedpeat.model.layers import LayerSpec, num_parameters, read_specs
 
 __all__ = ["EmulatorPackage", "Manifest", "pack_emulator"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Manifest:
         architecture: Class of the network in transformers, e.g. "LlamaForCausalLM".
         blocks: The full model's lists of blocks.
         source_blocks: Index in the full model of each block, in order.
+        layers: Layers that differ from the full model's, in the order in which they were changed.
         num_parameters: Parameters, tied ones counted once.
         num_bytes: Length of the weights file.
         dtype: Type of the weights.
@@ -51,6 +53,7 @@ class Manifest:
     architecture: str
     blocks: Blocks
     source_blocks: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
     num_parameters: int
     num_bytes: int
     dtype: str
@@ -83,7 +86,12 @@ class EmulatorPackage:
         manifest = self.manifest
         try:
             model = skeleton(
-                manifest.architecture, self.config, manifest.blocks, manifest.source_blocks, dtype
+                manifest.architecture,
+                self.config,
+                manifest.blocks,
+                manifest.source_blocks,
+                dtype,
+                layers=manifest.layers,
             )
             state = safetensors.torch.load(self.weights)
             _load_untied(model, state)
@@ -164,6 +172,7 @@ def pack_emulator(
     blocks: Blocks,
     source_blocks: Sequence[int],
     *,
+    layers: Sequence[LayerSpec] = (),
     recipe: str,
     dtype: torch.dtype,
     parent_sha256: str,
@@ -175,6 +184,7 @@ def pack_emulator(
         parent: The full model.
         blocks: The full model's blocks.
         source_blocks: Index in the full model of each block of the emulator.
+        layers: What was done to its layers.
         recipe: How it was made.
         dtype: Type of the weights.
         parent_sha256: Fingerprint of the full model's weights.
@@ -192,7 +202,8 @@ def pack_emulator(
         architecture=type(parent).__name__,
         blocks=blocks,
         source_blocks=tuple(source_blocks),
-        num_parameters=sum(p.numel() for p in emulator.parameters()),
+        layers=tuple(layers),
+        num_parameters=num_parameters(emulator),
         num_bytes=len(weights),
         dtype=str(dtype).split(".")[-1],
         parent_sha256=parent_sha256,
@@ -205,14 +216,21 @@ def pack_emulator(
 def identity(weights: bytes, config: Mapping[str, Any], manifest: Manifest) -> str:
     """Return the hash that names an emulator: of its weights and of how to use them."""
     digest = hashlib.sha256(weights)
-    use = [dict(config), manifest.architecture, asdict(manifest.blocks), manifest.source_blocks]
+    use = [
+        dict(config),
+        manifest.architecture,
+        asdict(manifest.blocks),
+        manifest.source_blocks,
+        [asdict(spec) for spec in manifest.layers],
+    ]
     digest.update(json.dumps(use, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as it is stored: only numbers with a point are rounded."""
-    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    """Return a tensor as it is stored: numbers with a point are rounded, and never widened."""
+    rounds = tensor.is_floating_point() and tensor.dtype.itemsize >= dtype.itemsize
+    return tensor.detach().to("cpu", dtype if rounds else tensor.dtype)
 
 
 def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -246,4 +264,6 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         raise EmulatorError(f"emulator schema must be {SCHEMA}, got {schema!r}")
     lists = [BlockList(tuple(i["paths"]), int(i["num_blocks"])) for i in data["blocks"]["lists"]]
     blocks = Blocks(tuple(lists))
-    return Manifest(**{**data, "blocks": blocks, "source_blocks": tuple(data["source_blocks"])})
+    source_blocks, layers = tuple(data["source_blocks"]), read_specs(data["layers"])
+    parts = {"blocks": blocks, "source_blocks": source_blocks, "layers": layers}
+    return Manifest(**{**data, **parts})

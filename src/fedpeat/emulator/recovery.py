@@ -6,7 +6,6 @@ All of it is made from the emulator's own files, as a device has them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 import transformers
@@ -15,8 +14,9 @@ from torch import nn
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.model.blocks import Blocks, block_kind
 from fedpeat.model.cut import cut_in_place, frozen, index_attributes, skeleton
+from fedpeat.model.layers import make_plain
 
-__all__ = ["from_scratch", "misses_blocks", "plain", "random_network", "reinserted", "trainable"]
+__all__ = ["from_scratch", "misses_blocks", "random_network", "reinserted", "trainable"]
 
 
 def misses_blocks(package: EmulatorPackage) -> bool:
@@ -26,7 +26,8 @@ def misses_blocks(package: EmulatorPackage) -> bool:
 
 def trainable(package: EmulatorPackage, device: torch.device) -> transformers.PreTrainedModel:
     """Return an emulator's network in float32 with every weight to be trained."""
-    model = plain(package.build(device, torch.float32))
+    model = package.build(device, torch.float32)
+    make_plain(model)
     return _to_train(model, device)
 
 
@@ -49,7 +50,8 @@ def reinserted(
     """
     manifest = package.manifest
     blocks, kept = manifest.blocks, list(manifest.source_blocks)
-    emulator = plain(package.build(torch.device("cpu"), torch.float32))
+    emulator = package.build(torch.device("cpu"), torch.float32)
+    make_plain(emulator)
     model = random_network(package, seed)
     _copy_rest(model, emulator, blocks)
     own = blocks.select(kept)
@@ -76,43 +78,6 @@ def random_network(package: EmulatorPackage, seed: int) -> transformers.PreTrain
         torch.manual_seed(seed)
         model: transformers.PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001 - there is no public name
     return frozen(model, torch.device("cpu"))
-
-
-def plain(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Turn every quantised layer of a network into a plain linear one, in place."""
-    for name, layer in list(_quantised(model)):
-        _put(model, name, as_plain_linear(layer))
-    return model
-
-
-def as_plain_linear(layer: nn.Module) -> nn.Linear:
-    """Return the linear layer that does what a quantised one does, read off from unit vectors.
-
-    It needs no knowledge of how the weights are stored: row i of the identity gives column i of the
-    weight, and zero the bias.
-    """
-    size, out = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
-    device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
-    with torch.no_grad():
-        bias = layer(torch.zeros(1, size, device=device)).float()
-        weight = layer(torch.eye(size, device=device)).float() - bias
-        linear = nn.Linear(size, out, bias=bool(bias.any()), device=device)
-        linear.weight.copy_(weight.T)
-        if bias.any():
-            linear.bias.copy_(bias[0])
-    return linear
-
-
-def _quantised(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost layers from vectors to vectors that have no matrix to train."""
-    for name, child in module.named_children():
-        has_sizes = all(
-            isinstance(getattr(child, n, None), int) for n in ("in_features", "out_features")
-        )
-        if has_sizes and not any(p.ndim > 1 and p.is_floating_point() for p in child.parameters()):
-            yield prefix + name, child
-        else:
-            yield from _quantised(child, f"{prefix}{name}.")
 
 
 def _nearest(model: nn.Module, blocks: Blocks, kept: list[int], index: int) -> int | None:
@@ -154,6 +119,5 @@ def _to_train(
     model: transformers.PreTrainedModel, device: torch.device
 ) -> transformers.PreTrainedModel:
     frozen(model, device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    model.requires_grad_(True)
     return model

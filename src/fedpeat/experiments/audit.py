@@ -22,7 +22,6 @@ from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.emulator.recovery import (
     from_scratch,
     misses_blocks,
-    plain,
     reinserted,
     trainable,
 )
@@ -170,7 +169,7 @@ def _looked_at(
     manifest, where = package.manifest, next(loaded.model.parameters())
     emulator = package.build(where.device, where.dtype)
     quality = evaluate(emulator, text.held_out, plan.batch_size)
-    open_weights = exposure(manifest, plain(emulator), loaded.model)
+    open_weights = exposure(manifest, emulator, loaded.model)
     whole = open_weights.num_parameters
     seen = {
         "recipe": manifest.recipe,

@@ -55,7 +55,7 @@ class Probe:
 def measure_agreement(
     model: transformers.PreTrainedModel,
     emulator: transformers.PreTrainedModel,
-    boundary: tuple[nn.Module, nn.Module],
+    meetings: Sequence[tuple[nn.Module, nn.Module]],
     blocks: Blocks,
     kept: Sequence[int],
     tuned: Sequence[int],
@@ -73,7 +73,7 @@ def measure_agreement(
     Args:
         model: The full model.
         emulator: Its emulator, as devices build it.
-        boundary: Block in each after which hidden states should agree.
+        meetings: Blocks of both after which hidden states should agree; the last pair counts.
         blocks: The full model's blocks.
         kept: Index in the full model of each block of the emulator.
         tuned: Blocks that the adapter sits on.
@@ -81,7 +81,7 @@ def measure_agreement(
         probe: The adapter, and how it is tuned.
         seed: Seed of the run.
     """
-    pair = Pair(model, emulator, *boundary)
+    pair = Pair(model, emulator, meetings)
     data = text.validation.spread(NUM_BLOCKS)
     measured = agreement(pair, data, BATCH_SIZE)
     init = derive_seed(seed, "adapter")

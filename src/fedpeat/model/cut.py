@@ -16,6 +16,7 @@ from torch import nn
 
 from fedpeat.core.errors import SplitError
 from fedpeat.model.blocks import BlockList, Blocks
+from fedpeat.model.layers import LayerSpec, replace_layers
 
 __all__ = [
     "build_from_blocks",
@@ -207,6 +208,8 @@ def skeleton(
     blocks: Blocks,
     kept: Sequence[int],
     dtype: torch.dtype,
+    *,
+    layers: Sequence[LayerSpec] = (),
 ) -> transformers.PreTrainedModel:
     """Return a network with some blocks of a full model and no values in its parameters yet.
 
@@ -218,9 +221,10 @@ def skeleton(
         blocks: The full model's blocks.
         kept: Indices of the blocks to keep, rising.
         dtype: Type of the parameters.
+        layers: What was done to layers of the kept blocks and to those outside.
 
     Raises:
-        SplitError: If transformers has no such network, or it has other blocks.
+        SplitError: If transformers has no such network, or it has other blocks or layers.
     """
     kind = getattr(transformers, class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -232,6 +236,7 @@ def skeleton(
         model: transformers.PreTrainedModel = kind._from_config(config, dtype=dtype)  # noqa: SLF001 - there is no public name
     model.tie_weights()  # which emptying undid
     cut_in_place(model, blocks, kept)
+    replace_layers(model, layers)
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):

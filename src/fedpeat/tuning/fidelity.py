@@ -31,6 +31,7 @@ def agreement(pair: Pair, data: PackedText, batch_size: int) -> dict[str, float]
         ``top1_agreement``, the share of targets for which both have the same first guess.
     """
     device = next(pair.student.parameters()).device
+    watched = list(zip((pair.teacher, pair.student), pair.meetings[-1], strict=True))
     sums = dict.fromkeys(("error", "norm", "cosine", "positions", "kl", "same", "targets"), 0.0)
     with (
         evaluating(pair.teacher),
@@ -39,13 +40,7 @@ def agreement(pair: Pair, data: PackedText, batch_size: int) -> dict[str, float]
         autocast(pair.student, device),
     ):
         for ids, mask in _batches(data, batch_size, device):
-            teacher, student = (
-                _seen(model, block, ids)
-                for model, block in (
-                    (pair.teacher, pair.teacher_block),
-                    (pair.student, pair.student_block),
-                )
-            )
+            teacher, student = (_seen(model, block, ids) for model, block in watched)
             parts = _states_agree(teacher[0], student[0])
             for row, wanted in enumerate(mask[:, 1:]):  # one block at a time: logits are large
                 found = _guesses_agree(
