@@ -31,6 +31,8 @@ from tiny import BLOCK_SIZE, tiny_settings
 
 PLAN = AuditPlan(public_text="server", num_tokens=512, batch_size=4, learning_rates=(3e-3,))
 
+QUICK = AuditPlan(public_text="server", num_tokens=64, batch_size=4, learning_rates=(3e-3,))
+
 
 @pytest.fixture(scope="module")
 def able_model(
@@ -120,8 +122,8 @@ def test_an_audit_has_every_key_of_the_interface_and_its_numbers_agree(folder: P
 def test_the_same_audit_gives_the_same_numbers_and_is_not_made_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = audit([folder], PLAN)[0][0]
-    again = audit([folder / "emulator"], PLAN, overwrite=True)[0][0]
+    first = audit([folder], QUICK)[0][0]
+    again = audit([folder / "emulator"], QUICK, overwrite=True)[0][0]
     assert again["emulators"] == first["emulators"]
     assert not (folder / "emulator" / "audit.json").exists()
 
@@ -129,7 +131,7 @@ def test_the_same_audit_gives_the_same_numbers_and_is_not_made_twice(
         raise AssertionError
 
     monkeypatch.setattr("fedpeat.experiments.audit.load_full_model", not_again)
-    assert audit([folder], PLAN)[0][0]["emulators"] == first["emulators"]
+    assert audit([folder], QUICK)[0][0]["emulators"] == first["emulators"]
     with pytest.raises(AssertionError):
         audit([folder], AuditPlan(public_text="server", num_tokens=256))
 
@@ -140,14 +142,14 @@ def test_an_audit_changes_nothing_else_in_the_folder_but_the_report(folder: Path
         return {p: p.read_bytes() for p in files if p.name not in {"audit.json", "report.html"}}
 
     before = content()
-    audit([folder], PLAN)
+    audit([folder], QUICK)
     assert content() == before
     assert "What the emulator gives away" in (folder / "report.html").read_text()
 
 
 def test_several_runs_get_a_chart_and_a_table(folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    _, page = audit([folder, other], PLAN)
+    _, page = audit([folder, other], QUICK)
     assert page == tmp_path / "audit.html"
     table = (tmp_path / "audit.md").read_text()
     assert "| **tiny** |" in table
@@ -159,7 +161,7 @@ def test_each_rung_of_a_run_is_audited(folder: Path) -> None:
     (folder / "emulator").rename(rungs)
     for name in ("large", "small"):
         shutil.copytree(rungs, folder / "emulator" / name)
-    (result,), _ = audit([folder], PLAN)
+    (result,), _ = audit([folder], QUICK)
     assert [emulator["name"] for emulator in result["emulators"]] == ["large", "small"]
     one = find_suspects(folder / "emulator" / "small")
     assert (list(one.packages), one.home) == (["small"], folder)
@@ -202,18 +204,36 @@ def test_no_document_that_is_measured_on_is_in_the_attackers_text(
 
 
 def test_a_learning_rate_that_fails_is_passed_over_if_another_works(folder: Path) -> None:
-    plan = AuditPlan(
-        public_text="server", num_tokens=512, batch_size=4, learning_rates=(1e30, 3e-3)
+    heard: list[str] = []
+
+    class Listener(Silent):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    rates = AuditPlan(
+        public_text="server", num_tokens=256, batch_size=4, learning_rates=(1e30, 3e-3)
     )
-    both, alone = audit([folder], plan)[0][0], audit([folder], PLAN)[0][0]
-    assert both["emulators"] == alone["emulators"]
-    with pytest.raises(EmulatorError, match="from_scratch: loss is not finite .* lower --learning"):
-        audit([folder], AuditPlan(public_text="server", num_tokens=512, learning_rates=(1e30,)))
+    attacks = audit([folder], rates, observer=Listener())[0][0]["emulators"][0]["attacks"]
+    assert [attack["learning_rate"] for attack in attacks.values()] == [3e-3] * 3
+    assert sum("loss is not finite" in line for line in heard) == 3
 
 
-def test_without_a_run_nothing_is_audited_twice_over_damaged_files(folder: Path) -> None:
+def test_a_quality_that_is_not_finite_is_never_the_best(folder: Path) -> None:
+    # one step, after which the weights are of no use, but the loss that was seen is finite
+    plan = AuditPlan(public_text="server", num_tokens=64, batch_size=4, learning_rates=(1e30, 1e-3))
+    (emulator,) = audit([folder], plan)[0][0]["emulators"]
+    fine_tuned = emulator["attacks"]["fine_tune"]
+    assert fine_tuned["learning_rate"] == 1e-3
+    alone = AuditPlan(public_text="server", num_tokens=64, batch_size=4, learning_rates=(1e30,))
+    (emulator,) = audit([folder], alone)[0][0]["emulators"]
+    fine_tuned = emulator["attacks"]["fine_tune"]
+    assert fine_tuned["perplexity"] == fine_tuned["curve"][0]["perplexity"]
+    assert fine_tuned["regained_ratio"] == 0
+
+
+def test_a_damaged_audit_is_made_anew(folder: Path) -> None:
     (folder / "audit.json").write_text("{")
-    assert audit([folder], PLAN)[0][0]["emulators"]
+    assert audit([folder], QUICK)[0][0]["emulators"]
     assert json.loads((folder / "audit.json").read_text())["schema"] == 1
 
 

@@ -65,7 +65,7 @@ def capability_ratio(value: Quality, floor: Quality, full: Quality) -> float | N
         score S. A perplexity is no such score: its floor is not 0 and it has no upper end. So we
         take as score the log perplexity gained over the floor (ours).
     """
-    losses = [q.nll / q.num_tokens for q in (floor, value, full)]
+    losses = [_loss(quality) for quality in (floor, value, full)]
     if not math.isfinite(sum(losses)) or losses[0] <= losses[2]:
         return None
     return (losses[0] - losses[1]) / (losses[0] - losses[2])
@@ -212,7 +212,7 @@ def _best(
     device: torch.device,
     observer: Observer,
 ) -> tuple[float, list[Reached]]:
-    """Make one attack with each learning rate; the best at the end counts, as it would for him."""
+    """Make one attack with each learning rate; the one that ever got best counts."""
     outcomes: list[tuple[float, list[Reached]]] = []
     failed: EmulatorError | None = None
     for rate in plan.learning_rates:
@@ -239,7 +239,7 @@ def _best(
     if not outcomes:
         assert failed is not None
         raise failed
-    return min(outcomes, key=lambda outcome: outcome[1][-1].quality.perplexity)
+    return min(outcomes, key=lambda outcome: _loss(_best_quality(outcome[1][1:])))
 
 
 def _recovered(
@@ -276,7 +276,12 @@ def _recovered(
 
 
 def _best_quality(reached: Sequence[Reached]) -> Quality:
-    return min((point.quality for point in reached), key=lambda quality: quality.perplexity)
+    return min((point.quality for point in reached), key=_loss)
+
+
+def _loss(quality: Quality) -> float:
+    """Return the loss per token [nat]; infinite, and so never the best, where it is not finite."""
+    return quality.nll / quality.num_tokens if math.isfinite(quality.nll) else math.inf
 
 
 def _point(reached: Reached, scratch: Reached, full: Quality) -> dict[str, Any]:
