@@ -12,7 +12,7 @@ import pytest
 
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import AuditPlan
-from fedpeat.core.errors import ConfigError, DataError, EmulatorError
+from fedpeat.core.errors import ConfigError, DataError
 from fedpeat.data.documents import Document
 from fedpeat.data.federation import load_federated_documents
 from fedpeat.data.files import read_local_documents
