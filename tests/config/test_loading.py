@@ -61,6 +61,8 @@ ODD = {
         "dtype": "bfloat16",
         "distill_lm_weight": 0.0,
         "distill_hidden_weight": 1e22,
+        "distill_logit_weight": 0.5,
+        "distill_block_weight": 2.0,
         "distill_learning_rate": 5e-324,
         "distill_batch_size": 3,
     },

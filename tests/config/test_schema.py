@@ -34,6 +34,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "emulator.calibration_tokens": ([0, -1], [1]),
     "emulator.distill_lm_weight": ([-0.1], [0.0]),
     "emulator.distill_hidden_weight": ([-0.1], [0.0]),
+    "emulator.distill_logit_weight": ([-0.1], [0.0]),
+    "emulator.distill_block_weight": ([-0.1], [0.0]),
     "emulator.distill_learning_rate": ([0.0, -1.0], [1e-9]),
     "emulator.distill_batch_size": ([0], [1]),
     "adapter.num_bottom": ([-1], [0]),

@@ -21,6 +21,7 @@ from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.low_rank import factorise, whitened_factors
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.layers import LayerKind, LayerSpec, LowRankLinear, num_parameters
@@ -29,6 +30,7 @@ from tiny import CONFIGS, random_ids, tiny_model
 CPU = torch.device("cpu")
 KEPT = (0, 2, 3, 5)
 MIDDLE = (1, 2)
+MAKERS = {"low_rank": factorise, "width": leave_out_neurons}
 
 
 def calibration(num_batches: int = 2) -> list[Batch]:
@@ -42,8 +44,8 @@ def small(kind: str, *steps: str) -> tuple[Any, list[LayerSpec]]:
     student = build_from_blocks(model, blocks, KEPT)
     specs: list[LayerSpec] = []
     for step in steps:
-        if step == "low_rank":
-            specs += factorise(student, blocks.select(KEPT), MIDDLE, 0.5, calibration())
+        if step in MAKERS:
+            specs += MAKERS[step](student, blocks.select(KEPT), MIDDLE, 0.5, calibration())
         else:
             specs += store_in_few_bits(student, "int8" if step == "int8" else "int4")
     return student, specs
@@ -64,7 +66,7 @@ def packed(kind: str, *steps: str, dtype: torch.dtype = torch.float32) -> Emulat
     )
 
 
-RECIPES = [("low_rank",), ("int8",), ("int4",), ("low_rank", "int4")]
+RECIPES = [("low_rank",), ("width",), ("int8",), ("int4",), ("width", "low_rank", "int4")]
 
 
 @pytest.mark.parametrize("steps", RECIPES, ids="+".join)
@@ -77,7 +79,9 @@ def test_a_holder_computes_what_was_packed(kind: str, steps: tuple[str, ...]) ->
     assert torch.equal(built(input_ids=ids).logits, student(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("steps", RECIPES, ids="+".join)
+@pytest.mark.parametrize(
+    "steps", [("low_rank",), ("int8",), ("int4",), ("low_rank", "int4")], ids="+".join
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_adapter_on_top_trains_and_plugs_into_the_full_model(
     kind: str, steps: tuple[str, ...]

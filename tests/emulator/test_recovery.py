@@ -18,6 +18,7 @@ from fedpeat.emulator.recovery import (
     reinserted,
     trainable,
 )
+from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.layers import LayerKind
@@ -168,3 +169,21 @@ def test_missing_blocks_of_an_emulator_in_few_bits_are_put_back_as_plain_layers(
         )
     embedding = whole.model.embed_tokens.weight
     torch.testing.assert_close(embedding, original.model.embed_tokens.weight, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_missing_blocks_of_a_narrower_emulator_are_as_narrow_as_the_kept_ones(kind: str) -> None:
+    model = tiny_model(kind)
+    blocks, kept = find_blocks(model), (0, 2, 5)
+    small = build_from_blocks(model, blocks, kept)
+    batch = {"input_ids": random_ids(), "labels": random_ids()}
+    layers = leave_out_neurons(small, blocks.select(kept), [1], 0.5, [batch])
+    package = pack_emulator(
+        small, model, blocks, kept, layers=layers, recipe="", dtype=torch.float32, parent_sha256=""
+    )
+    assert torch.equal(logits(trainable(package, CPU)), logits(small))
+    whole, scratch = reinserted(package, CPU, 0), from_scratch(package, CPU, 0)
+    sizes = [sum(p.numel() for p in blocks.output(whole, i).parameters()) for i in range(6)]
+    assert sizes[0] == sizes[1] == sizes[4] == sizes[5] > sizes[2] == sizes[3]
+    assert torch.isfinite(logits(whole)).all()
+    assert torch.isfinite(logits(scratch)).all()

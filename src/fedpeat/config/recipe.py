@@ -42,6 +42,9 @@ STEPS: Mapping[str, StepKind] = {
     ),
     "cka": StepKind(0, "ratio", "keep the middle block of each group of like neighbours"),
     "gradient": StepKind(0, "ratio", "keep the blocks that the gradients need most"),
+    "width": StepKind(
+        1, "ratio", "keep this share of the neurons inside the kept middle blocks, refit the rest"
+    ),
     "low_rank": StepKind(
         1, "ratio", "factor the linear layers of the kept middle blocks, keep this share of weights"
     ),

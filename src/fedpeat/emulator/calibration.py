@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.modes import evaluating
 
-__all__ = ["Batch", "block_states", "first_tensor", "mean_loss_of"]
+__all__ = ["Batch", "block_states", "first_tensor", "mean_loss_of", "second_moments"]
 
 Batch = Mapping[str, Tensor]
 """A network's inputs by name, ``labels`` among them, so that its output has a ``loss``."""
@@ -75,6 +77,45 @@ def block_states(
         for handle in handles:
             handle.remove()
     return states
+
+
+def second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Return the mean of x x^T over all inputs x of linear layers; 0 for one that is not called.
+
+    Args:
+        model: The network.
+        layers: Some of its linear layers by name.
+        batches: Inputs of the network.
+
+    Returns:
+        Symmetric matrices (inner, inner) by layer.
+    """
+    sums = {}
+    counts = dict.fromkeys(layers, 0)
+    for name, layer in layers.items():
+        weight = layer.get_parameter("weight")
+        width = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
+        sums[name] = torch.zeros(width, width, device=weight.device)
+
+    def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).float()
+            sums[name] += rows.T @ rows
+            counts[name] += rows.shape[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model), torch.inference_mode():
+            for batch in batches:
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.clone() / max(1, counts[name]) for name, total in sums.items()}
 
 
 def first_tensor(value: Any) -> Tensor:

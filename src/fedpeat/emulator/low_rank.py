@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch
+from fedpeat.emulator.calibration import Batch, second_moments
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.layers import LayerSpec, LowRankLinear, is_plain_linear, replace_layers
-from fedpeat.model.modes import evaluating
 
 __all__ = ["factorise", "whitened_factors"]
 
@@ -54,7 +53,7 @@ def factorise(
             for name, module in part.named_modules()
             if is_plain_linear(module)
         }
-        moments = _second_moments(model, layers, batches)
+        moments = second_moments(model, layers, batches)
         for name, layer in layers.items():
             rank = _rank(layer.get_parameter("weight"), ratio)
             if rank:
@@ -117,33 +116,3 @@ def _factorise_layer(
             smaller.up.bias.copy_(bias)
     smaller.requires_grad_(False)
     return spec
-
-
-def _second_moments(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """Return the mean of x x^T over all inputs of each layer; 0 for one that is not called."""
-    sums = {}
-    counts = dict.fromkeys(layers, 0)
-    for name, layer in layers.items():
-        weight = layer.get_parameter("weight")
-        width = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
-        sums[name] = torch.zeros(width, width, device=weight.device)
-
-    def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            sums[name] += rows.T @ rows
-            counts[name] += rows.shape[0]
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model), torch.inference_mode():
-            for batch in batches:
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total.clone() / max(1, counts[name]) for name, total in sums.items()}

@@ -55,8 +55,8 @@ def reinserted(
     model = random_network(package, seed)
     _copy_rest(model, emulator, blocks)
     own = blocks.select(kept)
-    for index in range(blocks.num_blocks):
-        nearest = _nearest(model, blocks, kept, index)
+    sources = [_nearest(model, blocks, kept, index) for index in range(blocks.num_blocks)]
+    for index, nearest in enumerate(sources):
         if nearest is None:
             continue
         place = kept.index(nearest)

@@ -18,6 +18,7 @@ from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_blocks
+from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreement
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
@@ -230,11 +231,17 @@ def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
     return factorise(piece.student, own, piece.middle, step.value, piece.batches)
 
 
+def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    own = piece.blocks.select(piece.kept)
+    return leave_out_neurons(piece.student, own, piece.middle, step.value, piece.batches)
+
+
 def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
     return store_in_few_bits(piece.student, "int8" if step.name == "int8" else "int4")
 
 
 STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
+    "width": _width,
     "low_rank": _low_rank,
     "distill": _distill,
     "int8": _few_bits,

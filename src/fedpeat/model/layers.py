@@ -6,11 +6,12 @@ weights arrive.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate import init_empty_weights
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,7 @@ __all__ = [
     "replace_layers",
 ]
 
-LayerKind = Literal["low_rank", "int8", "int4"]
+LayerKind = Literal["low_rank", "fewer_outputs", "fewer_inputs", "int8", "int4"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 
 
@@ -40,7 +41,8 @@ class LayerSpec:
     Attributes:
         name: Dotted name in the emulator.
         kind: What it is instead.
-        size: Rank of a low-rank layer; weights that share a scale in one of few bits.
+        size: Rank of a low-rank layer; outputs or inputs that are left of one with fewer; weights
+            that share a scale in one of few bits.
     """
 
     name: str
@@ -228,8 +230,8 @@ _FEW_BITS: Mapping[type[nn.Module], type[nn.Module]] = {
 def replace_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> None:
     """Put smaller layers in the places of a network's own, in order.
 
-    Layers in few bits are filled with the rounded weights of those whose place they take; low-rank
-    ones get their values later. Layers that share a matrix share it afterwards.
+    Layers in few bits are filled with the rounded weights of those whose place they take; the
+    others get their values later. Layers that share a matrix share it afterwards.
 
     Raises:
         SplitError: If the network has no such layer.
@@ -237,10 +239,12 @@ def replace_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> None:
     few_bits = [spec.name for spec in specs if spec.kind in BITS]
     tied = _tied_to(model, few_bits)
     for spec in specs:
-        if spec.kind == "low_rank":
+        if spec.kind in _SMALLER:
             parent, _, name = spec.name.rpartition(".")
-            smaller = _low_rank(_layer(model, spec.name), spec)
-            setattr(model.get_submodule(parent), name, smaller)
+            layer = _layer(model, spec.name)
+            if not is_plain_linear(layer):
+                raise SplitError(f"{spec.name} must be a linear layer, got {type(layer).__name__}")
+            setattr(model.get_submodule(parent), name, _SMALLER[spec.kind](layer, spec.size))
         else:
             owner = tied.get(spec.name)
             shared = _layer(model, owner).few_bits if owner is not None else None
@@ -266,14 +270,40 @@ def _tied_to(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return tied
 
 
-def _low_rank(module: nn.Module, spec: LayerSpec) -> LowRankLinear:
-    if not is_plain_linear(module):
-        raise SplitError(f"{spec.name} must be a linear layer, got {type(module).__name__}")
-    weight: Any = module.weight
-    out_features, in_features = weight.T.shape if isinstance(module, Conv1D) else weight.shape
-    return LowRankLinear(
-        in_features, out_features, spec.size, bias=module.bias is not None, like=weight
-    )
+def _low_rank(layer: Any, rank: int) -> nn.Module:
+    outputs, inputs = _widths(layer)
+    return LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None, like=layer.weight)
+
+
+def _fewer_outputs(layer: Any, number: int) -> nn.Module:
+    return _resized(layer, number, _widths(layer)[1])
+
+
+def _fewer_inputs(layer: Any, number: int) -> nn.Module:
+    return _resized(layer, _widths(layer)[0], number)
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Return how many outputs and inputs a linear layer has."""
+    first, second = layer.weight.shape
+    return (second, first) if isinstance(layer, Conv1D) else (first, second)
+
+
+def _resized(layer: Any, outputs: int, inputs: int) -> nn.Module:
+    """Return a layer of the same class, on the same device, of another size, with no values."""
+    place = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+    if isinstance(layer, Conv1D):
+        with init_empty_weights():
+            empty = Conv1D(outputs, inputs)
+        return empty.to_empty(device=place["device"]).to(place["dtype"])
+    return nn.Linear(inputs, outputs, bias=layer.bias is not None, **place)
+
+
+_SMALLER: Mapping[str, Callable[[Any, int], nn.Module]] = {
+    "low_rank": _low_rank,
+    "fewer_outputs": _fewer_outputs,
+    "fewer_inputs": _fewer_inputs,
+}
 
 
 def _store_in_few_bits(module: nn.Module, spec: LayerSpec, shared: FewBits | None) -> None:
