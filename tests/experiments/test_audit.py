@@ -19,7 +19,7 @@ from fedpeat.data.files import read_local_documents
 from fedpeat.data.packing import pack
 from fedpeat.data.records import Fields
 from fedpeat.experiments import audit_inputs
-from fedpeat.experiments.audit import audit, capability_ratio
+from fedpeat.experiments.audit import _earlier, audit, capability_ratio
 from fedpeat.experiments.audit_inputs import audit_text, find_suspects
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
@@ -149,11 +149,20 @@ def test_an_audit_changes_nothing_else_in_the_folder_but_the_report(folder: Path
 
 def test_several_runs_get_a_chart_and_a_table(folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    _, page = audit([folder, other], QUICK)
-    assert page == tmp_path / "audit.html"
-    table = (tmp_path / "audit.md").read_text()
+    _, page = audit([folder, other], QUICK, out=tmp_path / "new")
+    assert page == tmp_path / "new" / "audit.html"
+    table = (tmp_path / "new" / "audit.md").read_text()
     assert "| **tiny** |" in table
     assert "| **other** |" in table
+
+
+def test_what_cannot_be_set_side_by_side_is_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="each run can be named once"):
+        audit([folder, folder / "emulator"], QUICK)
+    alone = Path(shutil.copytree(folder / "emulator", tmp_path / "elsewhere" / "mine"))
+    with pytest.raises(ConfigError, match="several emulators must each be of a run"):
+        audit([folder, alone], QUICK, model="bundled")
+    assert not (folder / "audit.json").exists()
 
 
 def test_each_rung_of_a_run_is_audited(folder: Path) -> None:
@@ -232,7 +241,9 @@ def test_a_quality_that_is_not_finite_is_never_the_best(folder: Path) -> None:
 
 
 def test_a_damaged_audit_is_made_anew(folder: Path) -> None:
-    (folder / "audit.json").write_text("{")
+    for damaged in ("{", "[]", '{"emulators": [{}]}'):
+        (folder / "audit.json").write_text(damaged)
+        assert _earlier(folder / "audit.json", find_suspects(folder), QUICK) is None
     assert audit([folder], QUICK)[0][0]["emulators"]
     assert json.loads((folder / "audit.json").read_text())["schema"] == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
-from fedpeat.experiments import bench
+from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.run import run
 from tiny import tiny_settings
 
@@ -44,7 +44,7 @@ def test_measuring_does_not_change_the_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     measured = run(config)
-    monkeypatch.setattr(bench.Probe, "of", lambda _: None)
+    monkeypatch.setattr(Probe, "of", lambda _: None)
     plain = run(override(config, {"name": "plain"}))
     assert plain["quality"] == measured["quality"]
     assert "gradient_cosine" not in fidelity_of(tmp_path / "plain")

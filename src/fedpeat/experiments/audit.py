@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from fedpeat.config.schema import AuditPlan
-from fedpeat.core.errors import EmulatorError
-from fedpeat.core.run_folder import clean_json, write_atomically
+from fedpeat.core.errors import ConfigError, EmulatorError
+from fedpeat.core.run_folder import clean_json, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
 from fedpeat.emulator.exposure import NEAR, exposure
 from fedpeat.emulator.package import EmulatorPackage
@@ -101,6 +101,7 @@ def audit(
     """
     observer = observer or Silent()
     suspects = [find_suspects(path, model) for path in paths]
+    _check_comparable(suspects)
     results, written = [], []
     for suspect in suspects:
         path = suspect.home / "audit.json"
@@ -116,16 +117,28 @@ def audit(
         written.append(suspect.home)
     if len(written) < 2:
         return results, None
-    return results, write_pareto(written, out or written[0].resolve().parent)
+    out = out or written[0].resolve().parent
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return results, write_pareto(written, out)
+
+
+def _check_comparable(suspects: Sequence[Suspect]) -> None:
+    """Check that several emulators can be set side by side, before hours go into their attacks."""
+    for place, suspect in enumerate(suspects):
+        if len(suspects) > 1 and not suspect.is_run:
+            raise ConfigError(f"several emulators must each be of a run, got {suspect.home}")
+        if suspect.home.resolve() in [other.home.resolve() for other in suspects[:place]]:
+            raise ConfigError(f"each run can be named once, got {suspect.home} twice")
 
 
 def _earlier(path: Path, suspect: Suspect, plan: AuditPlan) -> dict[str, Any] | None:
     """Return an earlier audit of the same emulators with the same settings."""
     try:
         earlier: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or a damaged one
+        known = [emulator["sha256"] for emulator in earlier["emulators"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
         return None
-    known = [emulator["sha256"] for emulator in earlier.get("emulators", [])]
     now = [package.manifest.sha256 for package in suspect.packages.values()]
     same = earlier.get("settings") == json.loads(clean_json(asdict(plan))) and known == now
     return earlier if same else None
@@ -216,7 +229,6 @@ def _best(
     outcomes: list[tuple[float, list[Reached]]] = []
     failed: EmulatorError | None = None
     for rate in plan.learning_rates:
-        model = start(package, device, derive_seed(plan.seed, "random network"))
         budget = Budget(plan.num_tokens, plan.batch_size, rate)
 
         def progress(done: int, total: int, loss: float, rate: float = rate) -> None:
@@ -224,7 +236,7 @@ def _best(
 
         try:
             reached = recover(
-                model,
+                start(package, device, derive_seed(plan.seed, "random network")),
                 text.public,
                 text.held_out,
                 budget,
