@@ -152,7 +152,7 @@ class Tunable:
 
 
 def attach(
-    model: transformers.PreTrainedModel,
+    model: nn.Module,
     blocks: Blocks,
     tuned: Sequence[int],
     config: AdapterConfig,
@@ -178,6 +178,7 @@ def attach(
     own = [index for index, full in to_full.items() if full in set(tuned)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        _let_gradients_through(model, here)
         tuned_model = METHODS[config.method](model, here, own, config)
     trained = {_wire_name(name): p for name, p in tuned_model.named_parameters() if p.requires_grad}
     if not trained:
@@ -217,12 +218,27 @@ def attached(
                 tuned_model.base_model, "unload"
             ):
                 tuned_model.base_model.unload()  # type: ignore[operator]
+            if _go_by_themselves(model, blocks if kept is None else blocks.select(kept)):
+                model.disable_input_require_grads()
             for parameter, data, flag in before:
                 parameter.data = data
                 parameter.requires_grad_(flag)
             with torch.no_grad():
                 for weight, value in values:
                     weight.copy_(value)
+
+
+def _let_gradients_through(model: nn.Module, blocks: Blocks) -> None:
+    """Give embeddings a gradient where blocks go backwards by themselves (Reformer).
+
+    They do so only if what enters them has one.
+    """
+    if isinstance(model, transformers.PreTrainedModel) and _go_by_themselves(model, blocks):
+        model.enable_input_require_grads()
+
+
+def _go_by_themselves(model: nn.Module, blocks: Blocks) -> bool:
+    return any(hasattr(part, "backward_pass") for _, part in blocks.parts(model, 0))
 
 
 def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

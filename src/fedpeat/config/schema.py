@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ __all__ = [
     "AuditPlan",
     "ComparisonPlan",
     "Config",
+    "Cut",
     "DataConfig",
     "EmulatorConfig",
     "EvaluationConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "LocalConfig",
     "Method",
     "ModelConfig",
+    "Placement",
     "ServerConfig",
 ]
 
@@ -31,6 +34,7 @@ PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
 Partition = Literal["natural", "iid", "dirichlet"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 
 
@@ -67,10 +71,14 @@ class ModelConfig:
     """Device to compute on: auto, cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code."""
+    cut: Cut = "both"
+    """Half of an encoder-decoder whose blocks are compressed and tuned: both, encoder or decoder;
+    the other half is sent as it is."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "model.name", "a Hub name, a folder or 'bundled'", self.name)
         _require_choice("model.dtype", DType, self.dtype)
+        _require_choice("model.cut", Cut, self.cut)
 
 
 @dataclass(frozen=True)
@@ -500,18 +508,27 @@ class Config:
 class ComparisonPlan:
     """What a comparison runs."""
 
-    methods: tuple[Method, ...] = ("zero_shot", "local", "fedpeat", "fed_peft")
-    """Methods, each at the same token budget."""
+    methods: tuple[str, ...] = ("zero_shot", "local", "fedpeat", "fed_peft")
+    """Methods and variants, each at the same token budget."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each method runs once with each."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings that a method needs otherwise (a learning rate, say), by method, nested as in a
     config file."""
+    variants: Mapping[str, Any] = field(default_factory=dict)
+    """Methods with settings of their own under names of their own (another emulator, say), nested
+    as in a config file, with a "method" where it is not the file's."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)
-        for method in self.methods:
-            _require_choice("compare.methods", Method, method)
+        names = [*get_args(Method), *self.variants]
+        for place, method in enumerate(self.methods):
+            allowed = f"one of {', '.join(names)}"
+            _require(method in names, f"compare.methods[{place}]", allowed, method)
+        for name in self.variants:
+            fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+:-]*", name) is not None
+            allowed = "letters, digits and . _ + : -, not the name of a method"
+            _require(fits and name not in get_args(Method), "compare.variants", allowed, name)
         _require(len(self.seeds) > 0, "compare.seeds", "at least one seed", self.seeds)
         for seed in self.seeds:
             _require_not_negative("compare.seeds", seed)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.model.blocks import Blocks, block_kind
+from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import cut_in_place, frozen, index_attributes, skeleton
 from fedpeat.model.layers import make_plain
 
@@ -87,9 +87,10 @@ def _nearest(model: nn.Module, blocks: Blocks, kept: list[int], index: int) -> i
 
 
 def _kind(model: nn.Module, blocks: Blocks, index: int) -> tuple[object, ...]:
-    """Return list and kind of a block: blocks of the encoder cannot stand in the decoder."""
+    """Return list and tensors of a block: one of the encoder cannot stand in the decoder."""
     owner = next(item for item, start in reversed(blocks.starts) if index >= start)
-    return owner, *(block_kind(part) for _, part in blocks.parts(model, index))
+    parts = [part for _, part in blocks.parts(model, index)]
+    return owner, *((name, p.shape) for part in parts for name, p in part.named_parameters())
 
 
 def _moved(block: nn.Module, place: int, index: int) -> nn.Module:

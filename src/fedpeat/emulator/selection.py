@@ -79,4 +79,9 @@ def choose_blocks(
                 number = max(1, int(step.value * len(candidates) + 1e-9))
                 select = SELECTIONS[step.name]
                 kept.update(select(model, blocks, candidates, number, batches))
+        if len(kept) == blocks.num_blocks:
+            raise EmulatorError(
+                f"there are no blocks to compress: {step} leaves all {blocks.num_blocks}, since it "
+                "keeps one of those free to go; tune fewer blocks, or take a deeper model"
+            )
     return sorted(kept)

@@ -232,6 +232,11 @@ def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    if not piece.tuned:
+        raise EmulatorError(
+            f"emulator.recipe {step} would leave out neurons of blocks that the adapter sits on; "
+            "adapter.placement must be ends or top, got all; low_rank, int8 and int4 work with all"
+        )
     own = piece.blocks.select(piece.kept)
     return leave_out_neurons(piece.student, own, piece.middle, step.value, piece.batches)
 

@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from fedpeat.adapter.tunable import Tunable
 from fedpeat.data.packing import PackedText
-from fedpeat.emulator.calibration import first_tensor
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.modes import evaluating
+from fedpeat.model.tracing import tensors_in
 from fedpeat.tuning.distillation import Pair
 from fedpeat.tuning.loss import Batch, autocast, batch_of, token_losses
 
@@ -154,7 +154,7 @@ def _seen(
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-        states.append(first_tensor(output))
+        states.append(next(tensors_in(output)))
 
     handle = block.register_forward_hook(keep)
     try:
