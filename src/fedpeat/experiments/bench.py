@@ -20,6 +20,7 @@ from fedpeat.core.wire import Payload, decode
 from fedpeat.data.federation import FederatedText, load_federated_text
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulator
+from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
@@ -160,7 +161,14 @@ def _emulator(
             return package
     protected = [] if config.adapter.placement == "all" else tuned
     package = make_emulator(
-        loaded, blocks, protected, config.emulator, text, seed=config.seed, observer=observer
+        loaded,
+        blocks,
+        protected,
+        config.emulator,
+        text,
+        seed=config.seed,
+        observer=observer,
+        probe=Probe.of(config),
     )
     package.save(path)
     return package

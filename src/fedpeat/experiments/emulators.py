@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_blocks
 from fedpeat.emulator.width import leave_out_neurons
+from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreement
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
@@ -73,6 +74,7 @@ def make_emulator(
     *,
     seed: int,
     observer: Observer,
+    probe: Probe | None = None,
 ) -> EmulatorPackage:
     """Return the emulator of a model.
 
@@ -85,6 +87,7 @@ def make_emulator(
         text: The server's text is used to distil, the validation split to measure.
         seed: Seed of distillation.
         observer: Is told the progress, and what fidelity the budget bought.
+        probe: The adapter that the emulator is for, to measure its gradients; None leaves that out.
 
     Raises:
         EmulatorError: If there is nothing to compress, or no text to distil on.
@@ -128,6 +131,22 @@ def make_emulator(
         dtype=dtype,
         parent_sha256=loaded.sha256,
     )
+    if not recipe.is_full and probe is not None:
+        del student  # what devices build from the bytes takes its place
+        computed = next(loaded.model.parameters())
+        piece = replace(piece, student=package.build(computed.device, computed.dtype))
+        fidelity |= measure_agreement(
+            loaded.model,
+            piece.student,
+            _pair(piece).meetings,
+            blocks,
+            kept,
+            tuned or kept,
+            text,
+            probe,
+            seed=seed,
+        )
+        observer.message(agreement_line(fidelity))
     return package.with_fidelity(fidelity)
 
 
