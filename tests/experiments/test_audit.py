@@ -19,14 +19,14 @@ from fedpeat.data.files import read_local_documents
 from fedpeat.data.packing import pack
 from fedpeat.data.records import Fields
 from fedpeat.experiments import audit_inputs
-from fedpeat.experiments.audit import _earlier, audit, capability_ratio
+from fedpeat.experiments.audit import _best_quality, _earlier, audit, capability_ratio
 from fedpeat.experiments.audit_inputs import audit_text, find_suspects
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.experiments.verdicts import verdicts
 from fedpeat.model.loading import load_model, load_tokenizer
 from fedpeat.tuning.evaluation import Quality
-from fedpeat.tuning.recovery import Budget, recover
+from fedpeat.tuning.recovery import Budget, Reached, recover
 from tiny import BLOCK_SIZE, tiny_settings
 
 PLAN = AuditPlan(public_text="server", num_tokens=512, batch_size=4, learning_rates=(3e-3,))
@@ -81,6 +81,11 @@ def test_capability_ratio_worked_by_hand() -> None:
     assert capability_ratio(quality(10_000.0), random, full) == pytest.approx(-0.5)
     assert capability_ratio(quality(5.0), full, full) is None
     assert capability_ratio(Quality(math.nan, 10, 20), random, full) is None
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    found = [Reached(0, Quality(math.nan, 10, 20)), Reached(64, quality(9.0))]
+    assert _best_quality(found) == quality(9.0)
 
 
 def test_an_audit_has_every_key_of_the_interface_and_its_numbers_agree(folder: Path) -> None:
