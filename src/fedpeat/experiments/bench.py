@@ -25,9 +25,10 @@ from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
-from fedpeat.federated.participant import EmulatorShelf, Participant, hold_message
-from fedpeat.federated.rounds import Federation, Rung
+from fedpeat.federated.participant import Participant
+from fedpeat.federated.rounds import Federation
 from fedpeat.federated.screening import Limits
+from fedpeat.federated.shelf import EmulatorShelf, Rung, parts_of
 from fedpeat.model.blocks import Blocks, find_blocks
 from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
@@ -117,8 +118,8 @@ def set_up(
             tuned = list(package.manifest.source_blocks)
     rung = None
     if package is not None:
-        rung = Rung(package.manifest.sha256, hold_message(package, config.adapter, tuned))
-        shelf.put(decode(rung.hold_message))
+        rung = Rung.of(package, config.adapter, tuned)
+        shelf.put(decode(rung.hold_message(rung.parts, parts_of([rung]))))
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeat.adapter.lora import State
 from fedpeat.core.errors import CheckpointError
 from fedpeat.core.records import Controller, RoundResult
 from fedpeat.core.run_folder import Checkpoint
@@ -96,8 +97,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "num_barren_rounds": progress.state.num_barren_rounds,
             "history": list(progress.history),
             "controller": dict(controller.state()),
-            "held": {c: p.held for c, p in bench.participants.items()},
-            "kept": {c: p.kept for c, p in bench.participants.items()},
+            "devices": {c: p.inventory() for c, p in bench.participants.items()},
             "parent_sha256": bench.loaded.sha256,
         },
     )
@@ -125,10 +125,19 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
     )
-    rule = bench.config.federated.lora_aggregation
-    parts = LoraAggregation(rule).lasting_parts(state.adapter)
-    for client_id, held in saved["held"].items():
-        kept = parts.get(saved["kept"][client_id], {})  # of an older adapter: of no use any more
-        bench.participants[client_id].restore(held, kept)
+    lasting = _lasting_parts(bench, state.adapter)
+    for client_id, inventory in saved["devices"].items():
+        kept = lasting.get(inventory["kept"], {})  # of an older adapter: of no use any more
+        bench.participants[client_id].restore(inventory, kept)
     bench.server.load(state.adapter)
     return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))
+
+
+def _lasting_parts(bench: Bench, adapter: State) -> dict[str, State]:
+    """Return the parts of the adapter that a device on any rung may have kept, by their hash."""
+    lora = LoraAggregation(bench.config.federated.lora_aggregation)
+    return {
+        sha256: part
+        for rung in ([bench.rung] if bench.rung else [])
+        for sha256, part in lora.lasting_parts(rung.own(adapter)).items()
+    }
