@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from safetensors.numpy import load_file
 from fedpeat.config.loading import config_to_yaml, load_config, override
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import CheckpointError
+from fedpeat.core.run_folder import RunFolder
 from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.progress import SCHEMA
 from fedpeat.experiments.run import run
 from outcomes import (
     EVERYTHING_ON,
@@ -219,3 +222,17 @@ def test_the_checkpoint_holds_adapter_best_and_moments(config: Config, tmp_path:
     run(config)
     names = load_file(tmp_path / "tiny" / "checkpoints" / "round-00003" / "tensors.safetensors")
     assert {name.split("/")[0] for name in names} == {"adapter", "best", "moments"}
+
+
+@pytest.mark.parametrize("schema", [None, 0, SCHEMA + 1])
+def test_a_checkpoint_of_another_version_is_refused_with_a_remedy(
+    schema: int | None, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = copied(finished[0], tmp_path)
+    folder = RunFolder(tmp_path / "tiny")
+    checkpoint = folder.latest_checkpoint(lambda _: None)
+    assert checkpoint is not None
+    state = {name: value for name, value in checkpoint.state.items() if name != "kept"}
+    folder.save_checkpoint(replace(checkpoint, state={**state, "schema": schema}))
+    with pytest.raises(CheckpointError, match=f"must be {SCHEMA}, got {schema}; .*--overwrite"):
+        run(config, resume=True)

@@ -23,6 +23,9 @@ __all__ = ["METRIC", "Progress", "begun", "checkpoint_of", "one_round", "resumed
 
 METRIC = "perplexity"
 
+SCHEMA = 1
+"""Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -92,6 +95,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             for name, array in arrays.items()
         },
         {
+            "schema": SCHEMA,
             "best_quality": progress.best_quality,
             "last_losses": dict(progress.state.last_losses),
             "num_barren_rounds": progress.state.num_barren_rounds,
@@ -104,9 +108,19 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
 
 
 def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller) -> Progress | None:
+    """Return where a checkpoint stands; None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: If another version of fedpeat wrote it, or the model is another one.
+    """
     if checkpoint is None:
         return None
     saved = checkpoint.state
+    if (schema := saved.get("schema")) != SCHEMA:
+        raise CheckpointError(
+            f"cannot resume: another version of fedpeat wrote the checkpoint, its schema must be "
+            f"{SCHEMA}, got {schema}; resume with that version, or start anew with --overwrite"
+        )
     if saved["parent_sha256"] != bench.loaded.sha256:
         raise CheckpointError(
             "cannot resume: the model's weights are not those that the run began with"
