@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fedpeat.config.recipe import parse_recipe
+from fedpeat.config.recipe import Recipe, parse_recipe
 from fedpeat.core.errors import ConfigError
 
 __all__ = [
@@ -158,6 +159,11 @@ class EmulatorConfig:
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
     ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text. For
     example greedy:0.5+distill:200000."""
+    lower_rungs: tuple[float, ...] = ()
+    """Shares of the blocks that smaller emulators keep, falling, each below the recipe's, e.g.
+    [0.5, 0.33]. With the recipe's own they form a ladder, on which federated.client_rungs places
+    the devices; the blocks of a rung are among those of the one above it. The recipe's other steps
+    hold for every rung, distill's tokens for each."""
     calibration_tokens: int = 16384
     """Tokens of the server's own text that a choice of blocks looks at."""
     dtype: DType = "auto"
@@ -174,6 +180,7 @@ class EmulatorConfig:
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
+        self._check_rungs(recipe)
         _require(
             self.calibration_tokens >= 1,
             "emulator.calibration_tokens",
@@ -197,6 +204,26 @@ class EmulatorConfig:
             "at least 1",
             self.distill_batch_size,
         )
+
+    def _check_rungs(self, recipe: Recipe) -> None:
+        _require(
+            not self.lower_rungs or recipe.selection.name != "full",
+            "emulator.lower_rungs",
+            "empty for a recipe that chooses no blocks",
+            self.lower_rungs,
+        )
+        rungs = (recipe.ratio, *self.lower_rungs)
+        _require(
+            all(high > low > 0 for high, low in itertools.pairwise(rungs)),
+            "emulator.lower_rungs",
+            f"falling, below {recipe.ratio:g} and above 0",
+            self.lower_rungs,
+        )
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of the blocks that the emulators keep, falling."""
+        return (parse_recipe(self.recipe).ratio, *self.lower_rungs)
 
 
 @dataclass(frozen=True)
@@ -300,6 +327,14 @@ class ServerConfig:
     weight_ratio: float | None = None
     """Share of the average that the server's update gets, in [0, 1); by its number of examples if
     not given."""
+    realign_every: int = 0
+    """Rounds after which the server distils every emulator anew, as emulator.distill_* say, against
+    the full model with the tuned adapter plugged into both; 0 for never."""
+    realign_tokens: int = 20000
+    """Tokens of the server's own text for that, on each rung."""
+    realign_rank: int = 8
+    """Rank of the low-rank update of an emulator's middle that devices are then sent; 0 to send
+    whole blocks."""
 
     def __post_init__(self) -> None:
         _require(
@@ -310,6 +345,11 @@ class ServerConfig:
         )
         ratio = self.weight_ratio
         _require(ratio is None or 0 <= ratio < 1, "server.weight_ratio", "in [0, 1)", ratio)
+        _require_not_negative("server.realign_every", self.realign_every)
+        _require(
+            self.realign_tokens >= 1, "server.realign_tokens", "at least 1", self.realign_tokens
+        )
+        _require_not_negative("server.realign_rank", self.realign_rank)
 
 
 @dataclass(frozen=True)
@@ -334,6 +374,10 @@ class FederatedConfig:
     """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
     (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
     rank)."""
+    client_rungs: tuple[float, ...] = ()
+    """Rungs of the devices, as the shares of blocks that their emulators keep, given out over and
+    over in the order of their names, each that of emulator.recipe or in emulator.lower_rungs;
+    empty: the recipe's for all."""
     client_ranks: tuple[int, ...] = ()
     """Ranks of LoRA on the devices, given out over and over in the order of their names, each in
     [1, adapter.r], for lora_aggregation svd; empty: adapter.r for all."""
@@ -470,6 +514,14 @@ class Config:
             self.num_threads,
         )
         self._check_lora()
+        for rung in self.federated.client_rungs:
+            allowed = ", ".join(f"{ratio:g}" for ratio in self.emulator.rungs)
+            _require(
+                rung in self.emulator.rungs,
+                "federated.client_rungs",
+                f"rungs of the ladder ({allowed})",
+                rung,
+            )
 
     def _check_lora(self) -> None:
         rule, ranks = self.federated.lora_aggregation, self.federated.client_ranks

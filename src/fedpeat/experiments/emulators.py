@@ -1,11 +1,10 @@
-"""Make the emulator of a run: drop blocks, distil if asked, measure, and pack."""
+"""Make the emulators of a run: drop blocks, distil if asked, measure, and pack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import transformers
 
 from fedpeat.config.recipe import Recipe, parse_recipe
 from fedpeat.config.schema import EmulatorConfig
@@ -14,18 +13,24 @@ from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.federation import FederatedText
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
-from fedpeat.emulator.selection import choose_blocks
+from fedpeat.emulator.selection import choose_rungs
+from fedpeat.experiments.ladder import Ladder
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import DTYPES, LoadedModel
-from fedpeat.tuning.distillation import DistillSettings, Pair, distill, measure_fidelity
+from fedpeat.tuning.distillation import DistillSettings, distill, measure_fidelity
 from fedpeat.tuning.loss import batch_of
 
-__all__ = ["make_emulator"]
+__all__ = ["distill_settings", "make_emulators", "rung_name"]
 
 
-def make_emulator(
+def rung_name(ratio: float) -> str:
+    """Return the name of a rung: the share of the blocks that it keeps."""
+    return f"{ratio:g}"
+
+
+def make_emulators(
     loaded: LoadedModel,
     blocks: Blocks,
     tuned: Sequence[int],
@@ -34,8 +39,10 @@ def make_emulator(
     *,
     seed: int,
     observer: Observer,
-) -> EmulatorPackage:
-    """Return the emulator of a model.
+) -> dict[str, EmulatorPackage]:
+    """Return the emulators of a model by the names of their rungs, the largest first.
+
+    The blocks of a rung are among those of the rung above it, with the same weights.
 
     Args:
         loaded: The full model, without an adapter.
@@ -50,54 +57,51 @@ def make_emulator(
     Raises:
         EmulatorError: If there is nothing to compress, or no text to distil on.
     """
-    recipe = parse_recipe(config.recipe)
+    top = parse_recipe(config.recipe)
+    recipes = {rung_name(ratio): top.at(ratio) for ratio in config.lower_rungs}
+    recipes = {rung_name(top.ratio): top, **recipes}
     batches = _calibration(loaded, text, config)
-    kept = choose_blocks(recipe.selection, loaded.model, blocks, tuned, batches)
-    student = build_from_blocks(loaded.model, blocks, kept)
+    steps = [recipe.selection for recipe in recipes.values()]
+    kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
+    student = build_from_blocks(loaded.model, blocks, kept[0])
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    fidelity: dict[str, float] = {}
-    if not recipe.is_full:
-        pair = _pair(loaded.model, student, blocks, kept, tuned)
-        fidelity = {
-            f"{k}_before": v for k, v in measure_fidelity(pair, text.validation, 16).items()
-        }
-        for step in recipe.steps:
+    ladder = Ladder(loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), tuned)
+    fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
+    if not top.is_full:
+        before = _fidelity(ladder, text)
+        for step in top.steps:
             if step.name == "distill":
-                _distill(pair, blocks, kept, tuned, config, int(step.value), text, seed, observer)
+                _distill(ladder, config, int(step.value), text, seed, observer)
         computed = next(loaded.model.parameters()).dtype
         for rounded_to in (dtype, computed):  # measure what will be sent
             torch.nn.Module.to(student, dtype=rounded_to)
-        fidelity |= measure_fidelity(pair, text.validation, 16)
-        observer.message(_fidelity_line(recipe, kept, fidelity))
-    package = pack_emulator(
-        student,
-        loaded.model,
-        blocks,
-        kept,
-        recipe=str(recipe),
-        dtype=dtype,
-        parent_sha256=loaded.sha256,
-    )
-    return package.with_fidelity(fidelity)
+        after = _fidelity(ladder, text)
+        for name, recipe in recipes.items():
+            fidelity[name] = {f"{k}_before": v for k, v in before[name].items()} | after[name]
+            observer.message(_fidelity_line(recipe, ladder.kept[name], fidelity[name]))
+    packages = {}
+    for name, recipe in recipes.items():
+        with ladder.rung(name) as pair:
+            package = pack_emulator(
+                pair.student,
+                loaded.model,
+                blocks,
+                ladder.kept[name],
+                recipe=str(recipe),
+                dtype=dtype,
+                parent_sha256=loaded.sha256,
+            )
+        packages[name] = package.with_fidelity(fidelity[name])
+    return packages
 
 
-def _pair(
-    teacher: transformers.PreTrainedModel,
-    student: transformers.PreTrainedModel,
-    blocks: Blocks,
-    kept: Sequence[int],
-    tuned: Sequence[int],
-) -> Pair:
-    """Pair the two at the last block of the middle: after it, both have the same tuned blocks."""
-    middle = [i for i in range(blocks.num_blocks) if i not in set(tuned)]
-    teacher_last = middle[-1]
-    student_last = max(j for j, i in enumerate(kept) if i <= teacher_last)
-    return Pair(
-        teacher,
-        student,
-        blocks.output(teacher, teacher_last),
-        blocks.select(kept).output(student, student_last),
-    )
+def _fidelity(ladder: Ladder, text: FederatedText) -> dict[str, dict[str, float]]:
+    """Return what is measured of each rung on the validation split."""
+    measured = {}
+    for name in ladder.kept:
+        with ladder.rung(name) as pair:
+            measured[name] = measure_fidelity(pair, text.validation, 16)
+    return measured
 
 
 def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfig) -> list[Batch]:
@@ -116,10 +120,7 @@ def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfi
 
 
 def _distill(
-    pair: Pair,
-    blocks: Blocks,
-    kept: Sequence[int],
-    tuned: Sequence[int],
+    ladder: Ladder,
     config: EmulatorConfig,
     num_tokens: int,
     text: FederatedText,
@@ -131,32 +132,33 @@ def _distill(
             "emulator.recipe distills, which needs text of the server; raise data.server_ratio "
             "above 0"
         )
-    own = blocks.select(kept)
-    trainable = [
-        p
-        for j, i in enumerate(kept)
-        if i not in set(tuned)
-        for _, part in own.parts(pair.student, j)
-        for p in part.parameters()
-    ]
-    settings = DistillSettings(
+    data, settings = text.server, distill_settings(config, num_tokens)
+    for name in reversed(ladder.kept):
+        title = "distil emulator" if len(ladder.kept) == 1 else f"distil rung {name}"
+
+        def progress(done: int, total: int, loss: float, title: str = title) -> None:
+            observer.progress(title, done, total, f"loss {loss:.3f}")
+
+        with ladder.rung(name) as pair, torch.random.fork_rng(devices=[]):
+            distill(
+                pair,
+                ladder.added(name),
+                data,
+                settings,
+                seed=derive_seed(seed, "distill"),
+                progress=progress,
+            )
+
+
+def distill_settings(config: EmulatorConfig, num_tokens: int) -> DistillSettings:
+    """Return how emulators are distilled, within a budget of tokens."""
+    return DistillSettings(
         num_tokens=num_tokens,
         lm_weight=config.distill_lm_weight,
         hidden_weight=config.distill_hidden_weight,
         learning_rate=config.distill_learning_rate,
         batch_size=config.distill_batch_size,
     )
-    with torch.random.fork_rng(devices=[]):
-        distill(
-            pair,
-            trainable,
-            text.server,
-            settings,
-            seed=derive_seed(seed, "distill"),
-            progress=lambda done, total, loss: observer.progress(
-                "distil emulator", done, total, f"loss {loss:.3f}"
-            ),
-        )
 
 
 def _fidelity_line(recipe: Recipe, kept: Sequence[int], fidelity: dict[str, float]) -> str:

@@ -23,7 +23,7 @@ __all__ = ["METRIC", "Progress", "begun", "checkpoint_of", "one_round", "resumed
 
 METRIC = "perplexity"
 
-SCHEMA = 1
+SCHEMA = 2
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -152,6 +152,6 @@ def _lasting_parts(bench: Bench, adapter: State) -> dict[str, State]:
     lora = LoraAggregation(bench.config.federated.lora_aggregation)
     return {
         sha256: part
-        for rung in ([bench.rung] if bench.rung else [])
+        for rung in bench.rungs().values()
         for sha256, part in lora.lasting_parts(rung.own(adapter)).items()
     }
