@@ -139,10 +139,11 @@ def _distill(
         def progress(done: int, total: int, loss: float, title: str = title) -> None:
             observer.progress(title, done, total, f"loss {loss:.3f}")
 
+        trainable = ladder.added(name)
         with ladder.rung(name) as pair, torch.random.fork_rng(devices=[]):
             distill(
                 pair,
-                ladder.added(name),
+                trainable,
                 data,
                 settings,
                 seed=derive_seed(seed, "distill"),

@@ -58,7 +58,8 @@ class Ladder:
     def added(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of the middle that a rung has and the smaller ones have not.
 
-        Trained from the smallest rung up, each with all others frozen, the rungs stay nested.
+        Trained from the smallest rung up, each with all others frozen, the rungs stay nested. To be
+        asked for while the network is whole.
         """
         names = list(self.kept)
         smaller = {i for below in names[names.index(name) + 1 :] for i in self.kept[below]}

@@ -13,6 +13,7 @@ import numpy as np
 from fedpeat import __version__
 from fedpeat.adapter.tunable import adapter_facts
 from fedpeat.config.recipe import parse_recipe
+from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.progress import METRIC, Progress
 from fedpeat.federated.rounds import peak_rss_bytes
@@ -35,7 +36,8 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "num_rounds": progress.state.server_round,
         "num_clients": len(bench.text.clients),
         "best_round": _best_round(progress),
-        "emulator": _emulator_facts(bench),
+        "emulator": _emulator_facts(bench.package) if _is_compressed(bench) else None,
+        "rungs": _rungs(bench, progress),
         "adapter": {"peft": config.adapter.method, **adapter_facts(progress.best)},
         "quality": quality_table(_scores(bench, progress)),
         "cost": _costs(progress, setup_seconds),
@@ -63,10 +65,10 @@ def _scores(bench: Bench, progress: Progress) -> dict[str, Quality | None]:
     return scores
 
 
-def _emulator_facts(bench: Bench) -> dict[str, Any] | None:
-    if bench.package is None or not _is_compressed(bench):
+def _emulator_facts(package: EmulatorPackage | None) -> dict[str, Any] | None:
+    if package is None:
         return None
-    manifest = bench.package.manifest
+    manifest = package.manifest
     return {
         "recipe": manifest.recipe,
         "num_parameters": manifest.num_parameters,
@@ -75,6 +77,20 @@ def _emulator_facts(bench: Bench) -> dict[str, Any] | None:
         "num_source_blocks": manifest.blocks.num_blocks,
         "fidelity": dict(manifest.fidelity),
     }
+
+
+def _rungs(bench: Bench, progress: Progress) -> list[dict[str, Any]]:
+    """Return what each rung of the ladder is and cost, the largest first."""
+    rungs = []
+    for name, package in bench.packages.items():
+        on_it = [p for line in progress.history for p in line["participants"] if p["rung"] == name]
+        sums = {
+            key: sum(p[key] for p in on_it) for key in ("bytes_down", "bytes_up", "bytes_emulator")
+        }
+        num_clients = len({p["client_id"] for p in on_it})
+        facts = _emulator_facts(package) or {}
+        rungs.append({"name": name, **facts, "num_clients": num_clients, **sums})
+    return rungs
 
 
 def _costs(progress: Progress, setup_seconds: float) -> dict[str, Any]:
