@@ -163,6 +163,8 @@ class RoundResult:
 
     ``product_error`` is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| over all pairs of LoRA: what
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
+    ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
+    before the round; empty where none was.
     """
 
     server_round: int
@@ -177,4 +179,5 @@ class RoundResult:
     seconds: float = 0.0
     elapsed_seconds: float = 0.0
     peak_rss_bytes: int = 0
+    refresh_bytes: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default_factory=tuple)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from fedpeat.emulator.parts import (
     split,
     untied_state,
 )
+from fedpeat.emulator.update import UPDATE, add_update
 from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
 
 __all__ = ["EmulatorPackage", "Manifest", "Memory", "Part", "pack_emulator"]
 
 SCHEMA = 3
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, UPDATE_FILE = "model.safetensors", "update.safetensors"
 
 Memory = MutableMapping[str, dict[str, torch.Tensor]]
 """Tensors of parts by the parts' hashes; networks that are built from one share it."""
@@ -119,7 +120,10 @@ class EmulatorPackage:
             model = skeleton(
                 manifest.architecture, self.config, manifest.blocks, manifest.source_blocks, dtype
             )
-            fill(model, self._names(model), self._read_into(memory), device)
+            self._read_into(memory)
+            weights = [memory[p.sha256] for p in self.manifest.parts if p.name != UPDATE]
+            fill(model, self.full_names(untied_state(model)), weights, device)
+            self._add_update(model, memory, device, dtype)
         except EmulatorError:
             raise
         except (
@@ -131,17 +135,58 @@ class EmulatorPackage:
             ) from error
         return frozen(model, device)
 
-    def _names(self, model: nn.Module) -> dict[str, str]:
-        """Return the name in the full model of each tensor of the network."""
+    def full_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the name in the full model of each tensor or layer of the network."""
         blocks, kept = self.manifest.blocks, self.manifest.source_blocks
-        return blocks.select(kept).rename(untied_state(model), blocks, dict(enumerate(kept)))
+        return blocks.select(kept).rename(names, blocks, dict(enumerate(kept)))
 
-    def _read_into(self, memory: Memory) -> list[dict[str, torch.Tensor]]:
-        """Return the tensors of each part; those that are not in memory are read and put there."""
+    def own_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the name in the network of each tensor or layer of the full model."""
+        blocks, kept = self.manifest.blocks, self.manifest.source_blocks
+        return blocks.rename(names, blocks.select(kept), {i: place for place, i in enumerate(kept)})
+
+    def _read_into(self, memory: Memory) -> None:
         for part in self.manifest.parts:
             if part.sha256 not in memory:
                 memory[part.sha256] = read_part(self.parts[part.sha256])
-        return [memory[part.sha256] for part in self.manifest.parts]
+
+    def _add_update(
+        self, model: nn.Module, memory: Memory, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        factors = {
+            name: tensor.to(device, dtype)
+            for part in self.manifest.parts
+            if part.name == UPDATE
+            for name, tensor in memory[part.sha256].items()
+        }
+        own = self.own_names(factors)
+        add_update(model, {own[name]: tensor for name, tensor in factors.items()})
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Return the factors of its low-rank update by their layers' names in the full model."""
+        parts = [part.sha256 for part in self.manifest.parts if part.name == UPDATE]
+        return {name: t for sha256 in parts for name, t in read_part(self.parts[sha256]).items()}
+
+    def with_parts(self, changed: Mapping[str, Tensors]) -> EmulatorPackage:
+        """Return the emulator with other tensors in some parts, by their names; none for no part.
+
+        Tensors are rounded to the type of the emulator's weights.
+        """
+        dtype = getattr(torch, self.manifest.dtype)
+        contents = {part.name: self.parts[part.sha256] for part in self.manifest.parts}
+        for name, tensors in changed.items():
+            if not tensors:
+                contents.pop(name, None)
+            else:
+                stored = {n: _stored(t, dtype).contiguous() for n, t in tensors.items()}
+                contents[name] = part_bytes(stored)
+        listed = tuple(Part(n, part_hash(c), len(c)) for n, c in contents.items())
+        manifest = replace(
+            self.manifest, parts=listed, num_bytes=sum(part.num_bytes for part in listed)
+        )
+        manifest = replace(manifest, sha256=identity(self.config, manifest))
+        by_hash = {part_hash(content): content for content in contents.values()}
+        return EmulatorPackage(manifest, self.config, by_hash)
 
     def to_payload(self, held: Collection[str] = ()) -> Payload:
         """Return the emulator as a message, without the parts that somebody holds.
@@ -203,9 +248,12 @@ class EmulatorPackage:
     def save(self, folder: Path) -> None:
         """Write weights, the full model's configuration and the manifest into a folder."""
         weights: dict[str, torch.Tensor] = {}
-        for content in self.parts.values():
-            weights |= safetensors.torch.load(content)
         with replace_folder(folder) as temporary:
+            for part in self.manifest.parts:
+                if part.name == UPDATE:
+                    (temporary / UPDATE_FILE).write_bytes(self.parts[part.sha256])
+                else:
+                    weights |= safetensors.torch.load(self.parts[part.sha256])
             (temporary / WEIGHTS_FILE).write_bytes(part_bytes(weights))
             (temporary / "config.json").write_text(json.dumps(dict(self.config), indent=2))
             (temporary / "manifest.json").write_text(json.dumps(asdict(self.manifest), indent=2))
@@ -221,9 +269,12 @@ class EmulatorPackage:
             manifest = _manifest_from_dict(json.loads((folder / "manifest.json").read_text()))
             config = json.loads((folder / "config.json").read_text())
             weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+            updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise EmulatorError(f"cannot read emulator {folder}: {error}") from error
-        package = cls(manifest, config, _parts(weights, manifest.blocks)[1])
+        parts = _parts(weights, manifest.blocks)[1]
+        parts |= {part_hash(content): content for content in updates}
+        package = cls(manifest, config, parts)
         package.verify()
         if lacking := package.lacking():
             raise EmulatorError(f"emulator is damaged: it lacks {', '.join(lacking)}")

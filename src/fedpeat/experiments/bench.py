@@ -49,7 +49,8 @@ class Bench:
         server: The full model with the adapter.
         shelf: Emulators in memory, shared by all simulated devices.
         packages: The emulators that devices hold by the names of their rungs, the largest first;
-            none where there are no devices.
+            none where there are no devices. They change when they are aligned anew.
+        stored_parts: Hashes of the emulators' parts that the run folder has.
         participants: Simulated devices by id.
         zero_shot: Quality of the untouched full model on the test split.
     """
@@ -62,8 +63,14 @@ class Bench:
     server: Tunable
     shelf: EmulatorShelf
     packages: dict[str, EmulatorPackage]
+    stored_parts: frozenset[str]
     participants: dict[str, Participant]
     zero_shot: Quality
+
+    @property
+    def protected(self) -> list[int]:
+        """Blocks that an emulator keeps as they are; none where every kept block is tuned."""
+        return [] if self.config.adapter.placement == "all" else self.tuned
 
     @property
     def package(self) -> EmulatorPackage | None:
@@ -149,8 +156,19 @@ def set_up(
         f"private tokens; adapter {config.adapter.method} on blocks {tuned}, "
         f"{server.num_parameters:,} parameters"
     )
+    stored = frozenset(sha256 for package in packages.values() for sha256 in package.parts)
     return Bench(
-        config, text, blocks, loaded, tuned, server, shelf, packages, participants, zero_shot
+        config,
+        text,
+        blocks,
+        loaded,
+        tuned,
+        server,
+        shelf,
+        packages,
+        stored,
+        participants,
+        zero_shot,
     )
 
 
