@@ -100,7 +100,9 @@ def test_every_rule_averages_a_block_over_the_rungs_that_have_it(
     lines = lines_of(tmp_path / "tiny")[1:]
     assert {p["status"] for line in lines for p in line["participants"]} == {"accepted"}
     exact = rule in {"ffa", "rolora"}
-    assert all(line["product_error"] < 1e-12 if exact else line["product_error"] > 0 for line in lines)
+    assert all(
+        line["product_error"] < 1e-12 if exact else line["product_error"] > 0 for line in lines
+    )
 
 
 def test_a_run_that_is_resumed_ends_bit_identical(config: Config, tmp_path: Path) -> None:

@@ -96,7 +96,10 @@ def test_the_low_rank_refresh_is_small_and_replaces_the_last_one(
 def test_alignment_brings_every_rung_nearer_to_the_plugged_in_model(
     place: str, rank: int, config: Config, tmp_path: Path
 ) -> None:
-    changes = {"server": {"realign_rank": rank, "realign_tokens": 2048}}
+    changes = {
+        "server": {"realign_rank": rank, "realign_tokens": 1024},
+        "emulator": {"distill_lm_weight": 0.0, "distill_learning_rate": 1e-2},
+    }
     bench = bench_of(override(override(config, PLACES[place]), changes), tmp_path / "run")
     adapter = noisy(bench)
     before = errors(bench, adapter)
@@ -187,6 +190,5 @@ def test_old_refreshes_do_not_stay_in_memory(config: Config, tmp_path: Path) -> 
     for server_round in (3, 5, 7):
         bench.packages.update(realigned(bench, noisy(bench), server_round))
         bench.rungs()
-    held = bench.shelf.held()
-    assert len(held) == 2
-    assert not shas & set(held)
+    assert len(bench.shelf.held) == 2
+    assert not shas & set(bench.shelf.held)

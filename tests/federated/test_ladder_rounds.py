@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import FakeDevice, FakeTransport, PlanOf, Script, federation, saying, server_adding, start
+from fakes import (
+    FakeDevice,
+    FakeTransport,
+    PlanOf,
+    Script,
+    federation,
+    saying,
+    server_adding,
+    start,
+)
 from fedpeat.core.records import ClientPlan, RoundPlan
 from fedpeat.core.wire import Payload, decode
 from fedpeat.emulator.parts import short
@@ -145,7 +154,7 @@ def test_what_a_device_kept_on_one_rung_is_of_no_use_on_another() -> None:
     rungs = {"large": Rung("b" * 64, {}, {"emulator": "b" * 64}), "small": small}
     state = start()
     state = type(state)(0, {**matrices, **other})
-    kept = list(lora.lasting_parts(matrices))[0]
+    kept = next(iter(lora.lasting_parts(matrices)))
     held = {"held": ["a" * 64, "b" * 64], "emulator_parts": [], "kept": kept}
     hello = saying(Payload(record={"num_examples": 10, **held}))
     for rung, left_out in (("small", kept), ("large", "")):

@@ -402,7 +402,11 @@ def test_hostile_hello_sits_out_with_a_warning(name: str) -> None:
 def test_random_hellos_never_end_the_round() -> None:
     rng = np.random.default_rng(0)
     proper = bytearray(
-        encode(Payload({"w": np.ones(2, np.float32)}, {"num_examples": 3, "held": [], "emulator_parts": []}))
+        encode(
+            Payload(
+                {"w": np.ones(2, np.float32)}, {"num_examples": 3, "held": [], "emulator_parts": []}
+            )
+        )
     )
     for _ in range(100):
         damaged = bytes(proper[: rng.integers(len(proper) + 1)])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fedpeat.config.recipe import Recipe, parse_recipe
+from fedpeat.config.recipe import parse_recipe
 from fedpeat.core.errors import ConfigError
 
 __all__ = [
@@ -180,7 +180,7 @@ class EmulatorConfig:
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
-        self._check_rungs(recipe)
+        self._check_rungs()
         _require(
             self.calibration_tokens >= 1,
             "emulator.calibration_tokens",
@@ -205,7 +205,8 @@ class EmulatorConfig:
             self.distill_batch_size,
         )
 
-    def _check_rungs(self, recipe: Recipe) -> None:
+    def _check_rungs(self) -> None:
+        recipe = parse_recipe(self.recipe)
         _require(
             not self.lower_rungs or recipe.selection.name != "full",
             "emulator.lower_rungs",
@@ -514,6 +515,16 @@ class Config:
             self.num_threads,
         )
         self._check_lora()
+        self._check_ladder()
+
+    def _check_ladder(self) -> None:
+        whole_blocks = self.adapter.method == "none" and self.adapter.placement == "all"
+        _require(
+            not (self.server.realign_every and whole_blocks),
+            "server.realign_every",
+            "0 for adapter.method 'none' with placement 'all', which leaves nothing to align",
+            self.server.realign_every,
+        )
         for rung in self.federated.client_rungs:
             allowed = ", ".join(f"{ratio:g}" for ratio in self.emulator.rungs)
             _require(

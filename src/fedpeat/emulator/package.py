@@ -363,6 +363,8 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         raise EmulatorError(f"emulator schema must be {SCHEMA}, got {schema!r}")
     lists = [BlockList(tuple(i["paths"]), int(i["num_blocks"])) for i in data["blocks"]["lists"]]
     blocks = Blocks(tuple(lists))
-    parts = tuple(Part(str(p["name"]), str(p["sha256"]), int(p["num_bytes"])) for p in data["parts"])
+    parts = tuple(
+        Part(str(p["name"]), str(p["sha256"]), int(p["num_bytes"])) for p in data["parts"]
+    )
     source_blocks = tuple(data["source_blocks"])
     return Manifest(**{**data, "blocks": blocks, "source_blocks": source_blocks, "parts": parts})

@@ -116,8 +116,7 @@ def fill(
     holder = {name: part for part in parts for name in part}
     if wanted.keys() != holder.keys():
         raise EmulatorError(
-            "tensors differ from the configuration's: "
-            f"{sorted(wanted.keys() ^ holder.keys())[:5]}"
+            f"tensors differ from the configuration's: {sorted(wanted.keys() ^ holder.keys())[:5]}"
         )
     values: dict[int, Tensor] = {}
     for name, like in wanted.items():

@@ -55,7 +55,10 @@ def fresh_update(
                     d_in, d_out = sides
                     r = min(rank, d_in, d_out)
                     a = torch.randn(r, d_in, generator=random) / d_in**0.5
-                    factors |= {name + _A: a.to(device), name + _B: torch.zeros(d_out, r).to(device)}
+                    factors |= {
+                        name + _A: a.to(device),
+                        name + _B: torch.zeros(d_out, r).to(device),
+                    }
     if not factors:
         raise EmulatorError(
             "server.realign_rank must be 0 for this model: its middle has no linear layer for a "
@@ -100,5 +103,5 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return None
-    sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return sides if isinstance(sides[0], int) and isinstance(sides[1], int) else None
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None

@@ -36,6 +36,7 @@ from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["Bench", "make_controller", "make_federation", "set_up"]
 
+
 @dataclass(frozen=True)
 class Bench:
     """All that one federation works with.

@@ -133,7 +133,7 @@ def _distill(
             "above 0"
         )
     data, settings = text.server, distill_settings(config, num_tokens)
-    for name in reversed(ladder.kept):
+    for name in reversed(list(ladder.kept)):
         title = "distil emulator" if len(ladder.kept) == 1 else f"distil rung {name}"
 
         def progress(done: int, total: int, loss: float, title: str = title) -> None:

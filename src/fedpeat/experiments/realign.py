@@ -113,9 +113,7 @@ def _replaced(
     return package.with_parts({name: parts[name] for name in sorted(own & changed)})
 
 
-def _tunable(
-    bench: Bench, network: nn.Module, kept: tuple[int, ...], adapter: State
-) -> Tunable:
+def _tunable(bench: Bench, network: nn.Module, kept: tuple[int, ...], adapter: State) -> Tunable:
     """Attach the adapter to an emulator's network, frozen."""
     tuned = [index for index in bench.tuned if index in kept]
     student = attach(network, bench.blocks, tuned, bench.config.adapter, kept=kept)  # type: ignore[arg-type]

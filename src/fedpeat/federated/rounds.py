@@ -167,7 +167,7 @@ class Federation:
         )
 
     def _tuned_adapter(self, state: FederationState, update: Outcome) -> dict[str, np.ndarray]:
-        """Return the adapter of a participant, with what the round froze: of its own blocks only."""
+        """Return the adapter of a participant's own blocks, with what the round froze."""
         rung = self.rungs.get(update.result.rung)
         adapter = state.adapter if rung is None else rung.own(state.adapter)
         return {**adapter, **update.arrays}

@@ -164,6 +164,11 @@ class EmulatorShelf:
             if parts.issubset(in_use)
         }
 
+    @property
+    def held(self) -> list[str]:
+        """Hashes of the emulators that are here."""
+        return sorted(self._tunables)
+
     def get(self, sha256: str) -> Tunable:
         """Return an emulator with its adapter.
 
