@@ -218,6 +218,18 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             "leaves nothing to align, got 2",
         ),
         (
+            {"server": {"realign_every": 1, "realign_tokens": 1000}},
+            "server.realign_tokens must be at least 1024, a batch of emulator.distill_batch_size "
+            "blocks, got 1000",
+        ),
+        (
+            {
+                "server": {"realign_every": 1},
+                "emulator": {"distill_lm_weight": 0.0, "distill_hidden_weight": 0.0},
+            },
+            "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
+        ),
+        (
             {"federated": {"lora_aggregation": "rolora", "client_ranks": [4]}},
             "federated.client_ranks must be empty for federated.lora_aggregation 'rolora', "
             "got (4,)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedpeat.emulator.package import EmulatorPackage, Memory, pack_emulator
+from fedpeat.emulator.parts import part_bytes, read_part
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from tiny import CONFIGS, random_ids, tiny_model
@@ -69,3 +70,10 @@ def test_lacking_parts_are_named() -> None:
     came = EmulatorPackage.from_payload(large.to_payload(held))
     assert came.lacking(held) == []
     assert came.lacking() == ["outside", "block 0", "block 2", "block 5"]
+
+
+def test_a_part_is_read_in_the_order_of_its_names() -> None:
+    tensors = {f"layer.{i}": torch.full((3,), float(i)) for i in range(100)}
+    read = read_part(part_bytes(tensors))
+    assert list(read) == sorted(tensors)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from fedpeat.config.loading import override
 from fedpeat.config.schema import Config
+from fedpeat.core.errors import DataError
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
 from fedpeat.experiments.observer import Silent
@@ -89,6 +91,16 @@ def test_the_low_rank_refresh_is_small_and_replaces_the_last_one(
         (update,) = package.parts.keys() - base[name].parts.keys()
         assert update not in first[name].parts
         assert len(package.parts[update]) < 0.35 * base[name].manifest.num_bytes
+
+
+def test_an_alignment_goes_on_from_the_last_update(config: Config, tmp_path: Path) -> None:
+    bench = bench_of(config, tmp_path / "run")
+    first = realigned(bench, noisy(bench), 3)
+    bench.packages.update(first)
+    still = override(config, {"emulator": {"distill_learning_rate": 1e-30}})
+    second = realigned(replace(bench, config=still), noisy(bench), 5)
+    assert second == first
+    assert all(len(package.update()) > 0 for package in first.values())
 
 
 @pytest.mark.parametrize("rank", [2, 0])
@@ -181,6 +193,13 @@ def last_state(folder: Path) -> dict[str, Any]:
     assert checkpoint is not None
     state = {k: v for k, v in checkpoint.state.items() if k != "history"}
     return {**state, **{n: a.tobytes() for n, a in checkpoint.arrays.items()}}
+
+
+def test_alignment_without_text_of_the_server_is_refused_at_once(
+    config: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="server.realign_every needs text of the server"):
+        run(override(config, {"data": {"server_ratio": 0.0}}))
 
 
 def test_old_refreshes_do_not_stay_in_memory(config: Config, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.parts import part_bytes, part_hash, read_part
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.participant import Participant, fixed_width, train_message
-from fedpeat.federated.shelf import EmulatorShelf, Rung, parts_of
+from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.local import LocalSettings
@@ -51,7 +51,7 @@ def package() -> EmulatorPackage:
 @pytest.fixture(scope="module")
 def hold(package: EmulatorPackage) -> bytes:
     rung = Rung.of(package, CONFIG, TUNED)
-    return rung.hold_message(rung.parts, parts_of([rung]))
+    return rung.hold_message(rung.parts, hashes_of([rung]))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from fedpeat.federated import exchange
 from fedpeat.federated.aggregation import ServerOptimizer
 from fedpeat.federated.rounds import Federation, FederationState, is_better
 from fedpeat.federated.screening import Limits
-from fedpeat.federated.shelf import parts_of
+from fedpeat.federated.shelf import hashes_of
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def three(
     return FakeTransport(devices, scripts, order=order)
 
 
-HOLD = RUNG.hold_message(RUNG.parts, parts_of([RUNG]))
+HOLD = RUNG.hold_message(RUNG.parts, hashes_of([RUNG]))
 
 
 def of(result: RoundResult, client_id: str) -> ParticipantResult:

@@ -16,7 +16,7 @@ from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.parts import short
 from fedpeat.federated.participant import Participant, train_message
-from fedpeat.federated.shelf import EmulatorShelf, Rung, parts_of
+from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks, frozen
 from fedpeat.tuning.local import LocalSettings
@@ -46,7 +46,7 @@ def ladder(config: AdapterConfig = LORA, tuned: Sequence[int] | None = None) -> 
 
 
 def hold(rung: Rung, rungs: Sequence[Rung], held: Sequence[str] = ()) -> bytes:
-    return rung.hold_message(rung.lacking(held), parts_of(rungs))
+    return rung.hold_message(rung.lacking(held), hashes_of(rungs))
 
 
 def adapter(config: AdapterConfig = LORA, tuned: Sequence[int] = LARGE) -> dict[str, np.ndarray]:

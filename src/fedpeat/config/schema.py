@@ -525,6 +525,16 @@ class Config:
             "0 for adapter.method 'none' with placement 'all', which leaves nothing to align",
             self.server.realign_every,
         )
+        if self.server.realign_every:
+            batch = self.emulator.distill_batch_size * self.data.block_size
+            _require(
+                self.server.realign_tokens >= batch,
+                "server.realign_tokens",
+                f"at least {batch}, a batch of emulator.distill_batch_size blocks",
+                self.server.realign_tokens,
+            )
+            weights = self.emulator.distill_lm_weight + self.emulator.distill_hidden_weight
+            _require(weights > 0, "emulator.distill_*_weight", "above 0 for one of them", weights)
         for rung in self.federated.client_rungs:
             allowed = ", ".join(f"{ratio:g}" for ratio in self.emulator.rungs)
             _require(

@@ -86,6 +86,11 @@ class Manifest:
     fidelity: Mapping[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def hashes(self) -> list[str]:
+        """Hashes of its parts."""
+        return [part.sha256 for part in self.parts]
+
 
 @dataclass(frozen=True)
 class EmulatorPackage:

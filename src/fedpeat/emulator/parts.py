@@ -65,13 +65,15 @@ def part_hash(content: bytes) -> str:
 
 
 def read_part(content: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a part, in memory of their own.
+    """Return the tensors of a part, in memory of their own, in the order of their names.
+
+    The library gives them in another order each time, and sums depend on the order.
 
     Raises:
         EmulatorError: If it is no safetensors file, or a value is not finite.
     """
     try:
-        tensors = {n: t.clone() for n, t in safetensors.torch.load(content).items()}
+        tensors = {n: t.clone() for n, t in sorted(safetensors.torch.load(content).items())}
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error}") from error
     for name, tensor in tensors.items():

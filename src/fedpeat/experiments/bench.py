@@ -28,7 +28,7 @@ from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.rounds import Federation
 from fedpeat.federated.screening import Limits
-from fedpeat.federated.shelf import EmulatorShelf, Rung, parts_of
+from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import Blocks, find_blocks
 from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
@@ -89,7 +89,7 @@ class Bench:
                 [index for index in self.tuned if index in kept],
                 self._tensors_of(kept),
             )
-        current = parts_of(rungs.values())
+        current = hashes_of(rungs.values())
         for rung in rungs.values():
             self.shelf.put(decode(rung.hold_message(rung.parts, current)))
         return rungs
@@ -134,6 +134,11 @@ def set_up(
     if pools_data:
         text, config = pooled(text, config)
     _check_block_size(loaded, config)
+    if config.server.realign_every and text.server is None:
+        raise DataError(
+            "server.realign_every needs text of the server and there is none; raise "
+            "data.server_ratio above 0"
+        )
     zero_shot = evaluate(loaded.model, text.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,

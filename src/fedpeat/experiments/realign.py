@@ -10,7 +10,6 @@ from torch import nn
 
 from fedpeat.adapter.lora import State
 from fedpeat.adapter.tunable import Tunable, attach
-from fedpeat.core.errors import EmulatorError
 from fedpeat.core.seeds import derive_seed
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.emulator.parts import Tensors, split, untied_state
@@ -43,7 +42,7 @@ def realigned(bench: Bench, adapter: State, server_round: int) -> Packages:
         server_round: The coming round, from which the batches follow.
 
     Raises:
-        EmulatorError: If the server has no text, or there is nothing that could be aligned.
+        EmulatorError: If there is nothing that could be aligned.
 
     Source:
         Wu et al. (2024), FedBiOT, arXiv:2406.17706, for alignment between the rounds.
@@ -85,7 +84,7 @@ def _factors(
         places = [place for place, index in enumerate(kept) if index not in bench.protected]
         blocks, rank = bench.blocks.select(kept), bench.config.server.realign_rank
         factors = fresh_update(network, blocks, places, rank, seed)
-    return {n: nn.Parameter(t.to(bench.dtype), requires_grad=False) for n, t in factors.items()}
+    return {n: nn.Parameter(t.float(), requires_grad=False) for n, t in factors.items()}
 
 
 def _with_new_blocks(bench: Bench, adapter: State, seed: int) -> Packages:
@@ -136,10 +135,7 @@ def _distill(
     seed: int,
 ) -> None:
     data, config = bench.text.server, bench.config
-    if data is None:
-        raise EmulatorError(
-            "server.realign_every needs text of the server; raise data.server_ratio above 0"
-        )
+    assert data is not None, "checked when the bench is set up"
     settings = distill_settings(config.emulator, config.server.realign_tokens)
     with _ladder(bench, kept, student).rung(name) as pair, torch.random.fork_rng(devices=[]):
         whole = replace(pair, teacher=bench.server.model, student=student.model)

@@ -21,6 +21,7 @@ from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["gap_closed", "mean_summary", "quality_table", "summarize", "versions"]
 
+_BYTES = ("bytes_down", "bytes_up", "bytes_emulator")
 QUALITIES = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
 
@@ -84,9 +85,7 @@ def _rungs(bench: Bench, progress: Progress) -> list[dict[str, Any]]:
     rungs = []
     for name, package in bench.packages.items():
         on_it = [p for line in progress.history for p in line["participants"] if p["rung"] == name]
-        sums = {
-            key: sum(p[key] for p in on_it) for key in ("bytes_down", "bytes_up", "bytes_emulator")
-        }
+        sums = {key: sum(p[key] for p in on_it) for key in _BYTES}
         num_clients = len({p["client_id"] for p in on_it})
         facts = _emulator_facts(package) or {}
         rungs.append({"name": name, **facts, "num_clients": num_clients, **sums})
@@ -166,11 +165,18 @@ def mean_summary(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         n: sum(c[n] for c in costs)
         for n in ("bytes_down", "bytes_up", "num_tokens", "wall_seconds")
     }
+    rungs = [_together(list(same)) for same in zip(*(s["rungs"] for s in summaries), strict=True)]
     cost = {**costs[0], **added, "peak_rss_bytes": max(c["peak_rss_bytes"] for c in costs)}
     return {
         **summary,
         "method": "local",
         "num_clients": len(summaries),
+        "rungs": rungs,
         "quality": quality,
         "cost": cost,
     }
+
+
+def _together(rungs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one rung of several runs, their devices and bytes added."""
+    return {**rungs[0], **{k: sum(r[k] for r in rungs) for k in ("num_clients", *_BYTES)}}

@@ -86,7 +86,7 @@ class Participant:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
-        self._held: dict[str, list[str]] = {}
+        self._held: set[str] = set()
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
         self._kept_sha256 = ""
@@ -113,11 +113,11 @@ class Participant:
 
     def inventory(self) -> dict[str, Any]:
         """Return what it holds, as plain data that ``restore`` understands."""
-        return {"emulators": dict(self._held), "parts": self.parts, "kept": self.kept}
+        return {"held": self.held, "parts": self.parts, "kept": self.kept}
 
     def restore(self, inventory: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
         """Have again what a resumed run's device had; the shelf must have what is still in use."""
-        self._held = {sha256: list(parts) for sha256, parts in inventory["emulators"].items()}
+        self._held = set(inventory["held"])
         self._parts = set(inventory["parts"])
         self._keep(kept)
 
@@ -150,10 +150,9 @@ class Participant:
 
     def _hold(self, payload: Payload) -> Payload:
         manifest, current = self._shelf.put(payload, self._parts)
-        self._held[manifest.sha256] = [short(part.sha256) for part in manifest.parts]
-        self._parts.update(self._held[manifest.sha256])
+        self._held = {held for held in self._held if short(held) in current} | {manifest.sha256}
+        self._parts.update(map(short, manifest.hashes))
         self._parts.intersection_update(current)
-        self._held = {e: parts for e, parts in self._held.items() if self._parts.issuperset(parts)}
         return Payload(record={"held": manifest.sha256})
 
     def _train(self, payload: Payload) -> Payload:

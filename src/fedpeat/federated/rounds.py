@@ -36,7 +36,7 @@ from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, upda
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
 from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
-from fedpeat.federated.shelf import Rung, parts_of
+from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
 
 __all__ = ["SERVER_ID", "Federation", "FederationState", "ServerTraining", "peak_rss_bytes"]
@@ -294,7 +294,7 @@ class Federation:
         self, plan: RoundPlan, clients: Mapping[str, ClientState], exchange: Exchange
     ) -> dict[str, Reply | None]:
         """Send those of the cohort what they lack of their emulator; return who lacks it still."""
-        current = parts_of(self.rungs.values())
+        current = hashes_of(self.rungs.values())
         messages: dict[tuple[str, frozenset[str]], bytes] = {}  # devices in one case share one
         tasks = {}
         for client in plan.cohort:

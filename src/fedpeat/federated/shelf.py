@@ -17,7 +17,7 @@ from fedpeat.core.wire import Payload, encode
 from fedpeat.emulator.package import EmulatorPackage, Manifest, Memory
 from fedpeat.emulator.parts import short
 
-__all__ = ["EmulatorShelf", "Rung", "parts_of"]
+__all__ = ["EmulatorShelf", "Rung", "hashes_of"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Rung:
 
         Args:
             lacking: Hashes of the parts that the device lacks.
-            current: What ``parts_of`` says of all rungs; a device may forget all other parts.
+            current: What ``hashes_of`` says of all rungs; a device forgets all else.
         """
         arrays = {
             sha256: np.frombuffer(content, np.uint8)
@@ -82,9 +82,9 @@ class Rung:
         return encode(Payload(arrays, {**self.hold_record, "current": list(current)}))
 
 
-def parts_of(rungs: Iterable[Rung]) -> list[str]:
-    """Return the beginnings of the hashes of all parts of some rungs."""
-    return sorted({short(sha256) for rung in rungs for sha256 in rung.parts})
+def hashes_of(rungs: Iterable[Rung]) -> list[str]:
+    """Return the beginnings of the hashes of some rungs and of all their parts."""
+    return sorted({short(sha256) for rung in rungs for sha256 in (rung.sha256, *rung.parts)})
 
 
 class EmulatorShelf:
@@ -98,7 +98,7 @@ class EmulatorShelf:
         self._device = device
         self._dtype = dtype
         self._memory: Memory = {}
-        self._tunables: dict[str, tuple[Tunable, set[str]]] = {}
+        self._tunables: dict[str, Tunable] = {}
 
     def put(self, payload: Payload, held: Collection[str] = ()) -> tuple[Manifest, set[str]]:
         """Build the emulator in a "hold" message, unless it is here already.
@@ -108,8 +108,8 @@ class EmulatorShelf:
             held: Beginnings of the hashes of parts that need not be in it.
 
         Returns:
-            Its manifest, and the beginnings of the hashes of all parts that are still in use;
-            others are forgotten.
+            Its manifest, and the beginnings of the hashes of all emulators and parts that are
+            still in use; others are forgotten.
 
         Raises:
             EmulatorError: If it is damaged, or lacks a part that is not held.
@@ -123,12 +123,12 @@ class EmulatorShelf:
             )
         current = _current(payload.record)
         manifest = package.manifest
-        own = {short(part.sha256) for part in manifest.parts}
         if manifest.sha256 not in self._tunables:
-            self._tunables[manifest.sha256] = self._build(package, payload.record), own
-        in_use = current | own
-        self._forget_all_but(in_use)
-        return manifest, in_use
+            self._tunables[manifest.sha256] = self._build(package, payload.record)
+        current.update(short(sha256) for sha256 in (manifest.sha256, *manifest.hashes))
+        self._memory = {s: tensors for s, tensors in self._memory.items() if short(s) in current}
+        self._tunables = {s: t for s, t in self._tunables.items() if short(s) in current}
+        return manifest, current
 
     def _build(self, package: EmulatorPackage, record: Mapping[str, Any]) -> Tunable:
         try:
@@ -156,14 +156,6 @@ class EmulatorShelf:
             if parameter.untyped_storage().data_ptr() in shared:
                 parameter.data = parameter.data.clone()
 
-    def _forget_all_but(self, in_use: Collection[str]) -> None:
-        self._memory = {s: t for s, t in self._memory.items() if short(s) in in_use}
-        self._tunables = {
-            sha256: (tunable, parts)
-            for sha256, (tunable, parts) in self._tunables.items()
-            if parts.issubset(in_use)
-        }
-
     @property
     def held(self) -> list[str]:
         """Hashes of the emulators that are here."""
@@ -177,7 +169,7 @@ class EmulatorShelf:
         """
         if sha256 not in self._tunables:
             raise EmulatorError(f"no emulator {sha256[:12]} here; ask for it with a hold message")
-        return self._tunables[sha256][0]
+        return self._tunables[sha256]
 
 
 def _current(record: Mapping[str, Any]) -> set[str]:
