@@ -7,14 +7,20 @@ Each network of the zoo is small and random. It passes if
 1. an emulator of every block gives the full model's outputs exactly, copied and rebuilt from its
    file;
 2. an emulator of half of the blocks is rebuilt from its file with the same outputs;
-3. two steps of LoRA on its first and last block change the adapter and nothing else;
+3. two steps of LoRA on its first and last block (or of these blocks themselves, where LoRA is
+   refused) change the adapter and nothing else;
 4. the adapter, plugged into the full model, is there bit for bit.
+
+A network is refused if cutting it or attaching to it raises an error of fedpeat's own, which says
+why; any other error is a failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,6 +31,7 @@ import zoo
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.recipe import Step
 from fedpeat.config.schema import AdapterConfig
+from fedpeat.core.errors import AdapterError, FedPEATError
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_blocks
 from fedpeat.model.blocks import Blocks, find_blocks
@@ -66,14 +73,20 @@ def check(model_type: str, family: str) -> str:
     _require(bool(torch.isfinite(compressed).all()), "half of the blocks give no finite output")
     _require(torch.equal(_outputs(emulator, batch), compressed), "rebuilding half changes outputs")
     config = AdapterConfig(r=2)
-    tunable = attach(emulator, blocks, tuned, config, kept=kept)
+    try:
+        tunable = attach(emulator, blocks, tuned, config, kept=kept)
+    except AdapterError:
+        config = AdapterConfig(method="none")
+        tunable = attach(emulator, blocks, tuned, config, kept=kept)
     _tune(tunable, batch)
     plugged = attach(model, blocks, tuned, config)
     state = tunable.state()
     plugged.load(state)
     exact = all((array == state[name]).all() for name, array in plugged.state().items())
     _require(exact, "the plug-in differs")
-    return f"{blocks.paths}: {len(kept)} of {blocks.num_blocks} kept"
+    _require(len(kept) < blocks.num_blocks, "nothing was dropped")
+    how = "LoRA" if config.method == "lora" else "whole blocks"
+    return f"{blocks.paths}: {len(kept)} of {blocks.num_blocks} kept, {how}"
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -125,22 +138,35 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    table = ["| family | architectures | built here | covered |", "|:--|--:|--:|--:|"]
+    table = ["| family | architectures | built here | covered | refused | failed |"]
+    table.append("|:--|--:|--:|--:|--:|--:|")
+    failed = 0
     for family in args.family:
         types = list(zoo.FAMILIES[family].class_names)
-        built = covered = 0
-        for model_type in [t for t in types if args.type is None or t in args.type]:
-            try:
-                line = "ok  " + check(model_type, family)
-                built, covered = built + 1, covered + 1
-            except zoo.ZooError as error:
-                line = f"-   {error}"
-            except Exception as error:  # noqa: BLE001 - the table says what it was
-                built += 1
-                line = f"NO  {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            print(f"{family} {model_type}: {line}", flush=True)
-        table.append(f"| {family} | {len(types)} | {built} | {covered} |")
+        chosen = [t for t in types if args.type is None or t in args.type]
+        counts = Counter(_line(model_type, family) for model_type in chosen)
+        built = sum(counts[result] for result in ("ok", "refused", "FAILED"))
+        table.append(
+            f"| {family} | {len(chosen)} | {built} | {counts['ok']} | {counts['refused']} | "
+            f"{counts['FAILED']} |"
+        )
+        failed += counts["FAILED"]
     print("\n".join(["", *table]))
+    sys.exit(failed > 0)
+
+
+def _line(model_type: str, family: str) -> str:
+    """Print what came of one network, and return it in a word."""
+    try:
+        result, text = "ok", check(model_type, family)
+    except zoo.ZooError as error:
+        result, text = "not built", str(error)
+    except FedPEATError as error:
+        result, text = "refused", f"{type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001 - the table says what it was
+        result, text = "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    print(f"{family} {model_type}: {result}: {text}", flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -125,13 +125,15 @@ LISTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("num_heads", "num_attention_heads"), (1, 2, 4, 4)),
     **dict.fromkeys(("depths", "depth"), (1, 2, 2, 1)),
 }
+# Where the first block of a stage is of a kind of its own, another is left only in stages of three.
+DEEPER = (2, 3, 3, 2)
 SWIN = {"embed_dim": 16, "patch_size": 2, "window_size": 2}
 
 # What an architecture needs beside, e.g. to have both of its kinds of blocks among the first six.
 MORE: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
     "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
-    "bit": {"num_groups": 4},
+    "bit": {"num_groups": 4, "depths": DEEPER},
     "bamba": {"attn_layer_indices": [2, 5]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
@@ -189,7 +191,7 @@ MORE: dict[str, dict[str, Any]] = {
         "stage_out_channels": (16, 32, 48, 64),
         "stage_numb_of_layers": (2, 2, 2, 2),
     },
-    "hiera": {"embed_dim": 16, "image_size": (64, 64)},
+    "hiera": {"embed_dim": 16, "image_size": (64, 64), "depths": DEEPER},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
@@ -215,6 +217,7 @@ MORE: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "layer_types": _cycle("sliding_attention", "sliding_attention", "full_attention"),
     },
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "mobilebert": {"embedding_size": 32},
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilenet_v2": {"depth_multiplier": 0.25},
@@ -270,6 +273,8 @@ MORE: dict[str, dict[str, Any]] = {
         "local_attention_probs_dropout_prob": 0.0,
         "lsh_attention_probs_dropout_prob": 0.0,
     },
+    "regnet": {"depths": DEEPER},
+    "resnet": {"depths": DEEPER},
     "segformer": {"num_encoder_blocks": 4},
     "swin": SWIN,
     "swinv2": SWIN,

@@ -53,6 +53,7 @@ def test_public_names_of_the_package_are_few_and_stable() -> None:
         "compare",
         "evaluate_adapter",
         "export_adapter",
+        "inspect",
         "load_config",
         "run",
         "write_report",

@@ -37,9 +37,12 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_model(kind: str, num_blocks: int = 6, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny_model(
+    kind: str, num_blocks: int = 6, seed: int = 0, **changes: object
+) -> transformers.PreTrainedModel:
     """Return a random causal LM of some architecture, frozen, in evaluation mode."""
     settings = {**CONFIGS[kind], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    settings |= changes
     config = transformers.AutoConfig.for_model(kind, num_hidden_layers=num_blocks, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

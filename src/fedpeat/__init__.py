@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedpeat.experiments.compare import compare
     from fedpeat.experiments.evaluate import evaluate_adapter
     from fedpeat.experiments.export import export_adapter
+    from fedpeat.experiments.inspect import inspect
     from fedpeat.experiments.run import run
     from fedpeat.report.page import write_report
 
@@ -27,6 +28,7 @@ _HOME = {
     "compare": "fedpeat.experiments.compare",
     "evaluate_adapter": "fedpeat.experiments.evaluate",
     "export_adapter": "fedpeat.experiments.export",
+    "inspect": "fedpeat.experiments.inspect",
     "load_config": "fedpeat.config.loading",
     "run": "fedpeat.experiments.run",
     "write_report": "fedpeat.report.page",
@@ -38,6 +40,7 @@ __all__ = [
     "compare",
     "evaluate_adapter",
     "export_adapter",
+    "inspect",
     "load_config",
     "run",
     "write_report",

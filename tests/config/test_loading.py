@@ -33,6 +33,7 @@ ODD = {
         "dtype": "float16",
         "device": "cuda:1",
         "trust_remote_code": True,
+        "cut": "decoder",
     },
     "data": {
         "source": "data/[a-z]*.jsonl",
@@ -61,6 +62,8 @@ ODD = {
         "dtype": "bfloat16",
         "distill_lm_weight": 0.0,
         "distill_hidden_weight": 1e22,
+        "distill_logit_weight": 0.5,
+        "distill_block_weight": 2.0,
         "distill_learning_rate": 5e-324,
         "distill_batch_size": 3,
     },

@@ -34,6 +34,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "emulator.calibration_tokens": ([0, -1], [1]),
     "emulator.distill_lm_weight": ([-0.1], [0.0]),
     "emulator.distill_hidden_weight": ([-0.1], [0.0]),
+    "emulator.distill_logit_weight": ([-0.1], [0.0]),
+    "emulator.distill_block_weight": ([-0.1], [0.0]),
     "emulator.distill_learning_rate": ([0.0, -1.0], [1e-9]),
     "emulator.distill_batch_size": ([0], [1]),
     "adapter.num_bottom": ([-1], [0]),
@@ -228,6 +230,14 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
                 "emulator": {"distill_lm_weight": 0.0, "distill_hidden_weight": 0.0},
             },
             "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
+        ),
+        (
+            {
+                "server": {"realign_every": 1, "realign_rank": 0},
+                "emulator": {"recipe": "layer_drop:0.5+int8"},
+            },
+            "server.realign_rank must be above 0 for a recipe with int8 or int4, whose weights "
+            "cannot be trained, got 0",
         ),
         (
             {"federated": {"lora_aggregation": "rolora", "client_ranks": [4]}},

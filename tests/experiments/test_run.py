@@ -17,6 +17,9 @@ from safetensors.numpy import load_file
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import AdapterError, ConfigError
+from fedpeat.emulator.package import EmulatorPackage
+from fedpeat.experiments import bench
+from fedpeat.experiments.emulators import make_emulators
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.export import export_adapter
 from fedpeat.experiments.results import gap_closed
@@ -227,3 +230,19 @@ def test_overwriting_local_starts_every_device_anew(config: Config) -> None:
     changes = {"method": "local", "federated": {"num_rounds": 1}, "seed": 1}
     again = run(override(config, changes), overwrite=True)
     assert again["cost"]["num_tokens"] == first["cost"]["num_tokens"] / 3
+
+
+def test_the_emulator_of_devices_that_tune_alone_is_made_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, EmulatorPackage]:
+        made.append(make_emulators(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "make_emulators", counted)
+    summary = run(override(config, {"method": "local"}))
+    (packages,) = made
+    sizes = [package.manifest.num_bytes for package in packages.values()]
+    assert sizes == [summary["emulator"]["num_bytes"]]

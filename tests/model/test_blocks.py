@@ -6,6 +6,7 @@ import pytest
 import transformers
 from torch import nn
 
+from fedpeat.config.schema import Cut
 from fedpeat.core.errors import SplitError
 from fedpeat.model.blocks import BlockList, Blocks, find_blocks
 from tiny import CONFIGS, tiny_model
@@ -52,7 +53,9 @@ def linears(number: int, width: int = 2) -> nn.ModuleList:
 
 def test_list_inside_a_block_is_not_taken_for_the_blocks() -> None:
     config = transformers.LlamaConfig(num_hidden_layers=2)
-    mixture = Lists(config, blocks=nn.ModuleList(linears(2, 8) for _ in range(3)))
+    mixture = Lists(
+        config, blocks=nn.ModuleList(Lists(None, experts=linears(2, 8)) for _ in range(3))
+    )
     assert find_blocks(mixture) == Blocks((BlockList(("blocks",), 3),))
 
 
@@ -119,3 +122,76 @@ def test_rename_does_not_touch_lists_inside_a_block() -> None:
     names = ["h.1.experts.3.weight"]
     full = Blocks((BlockList(("h",), 4),))
     assert full.rename(names, full, {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}
+
+
+def test_two_blocks_of_two_kinds_are_no_stages() -> None:
+    decoder = encoder_decoder("t5").get_decoder()
+    assert decoder.block[0].state_dict().keys() != decoder.block[1].state_dict().keys()
+    assert find_blocks(decoder) == Blocks((BlockList(("block",), 2),))
+
+
+def test_stages_of_one_width_that_are_bare_lists_are_cut_inside() -> None:
+    stages = nn.ModuleList(linears(2) for _ in range(3))
+    found = find_blocks(Lists(None, stages=stages))
+    assert found == Blocks(tuple(BlockList((f"stages.{i}",), 2) for i in range(3)))
+
+
+def test_list_as_long_as_the_text_is_deep_comes_before_a_larger_one_of_what_else_it_takes() -> None:
+    model = tiny_model("llama")
+    model.config.audio_layers = 4
+    model.model.audio = linears(4, 64)
+    assert find_blocks(model) == Blocks((BlockList(("model.layers",), 6),))
+
+
+# --- halves of an encoder-decoder ----------------------------------------------------------------
+
+
+def encoder_decoder(kind: str) -> transformers.PreTrainedModel:
+    """Return one with three blocks before the two that write."""
+    if kind == "t5":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=32,
+                d_model=8,
+                d_kv=4,
+                d_ff=8,
+                num_layers=3,
+                num_decoder_layers=2,
+                num_heads=2,
+            )
+        )
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=32,
+            d_model=8,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            encoder_layers=3,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+HALVES = {
+    "t5": {"encoder": "encoder.block", "decoder": "decoder.block"},
+    "bart": {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"},
+}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_both_halves_of_an_encoder_decoder_are_cut_unless_one_is_named(kind: str) -> None:
+    model, paths = encoder_decoder(kind), HALVES[kind]
+    encoder, decoder = BlockList((paths["encoder"],), 3), BlockList((paths["decoder"],), 2)
+    assert find_blocks(model) == Blocks((encoder, decoder))
+    assert find_blocks(model, cut="encoder") == Blocks((encoder,))
+    assert find_blocks(model, cut="decoder") == Blocks((decoder,))
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_that_a_network_does_not_have_is_refused(half: Cut) -> None:
+    message = f"LlamaForCausalLM has no {half} to cut by itself; model.cut must be both, got {half}"
+    with pytest.raises(SplitError, match=message):
+        find_blocks(tiny_model("llama"), cut=half)

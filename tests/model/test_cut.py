@@ -8,8 +8,14 @@ import transformers
 from torch import nn
 
 from fedpeat.core.errors import SplitError
-from fedpeat.model.blocks import find_blocks
-from fedpeat.model.cut import build_from_blocks, only_blocks, required_blocks, skeleton
+from fedpeat.model.blocks import BlockList, Blocks, find_blocks
+from fedpeat.model.cut import (
+    build_from_blocks,
+    cut_in_place,
+    only_blocks,
+    required_blocks,
+    skeleton,
+)
 from tiny import CONFIGS, random_ids, tiny_model
 
 
@@ -178,3 +184,95 @@ def test_block_that_changes_the_shape_is_required() -> None:
     chain = Chain([nn.Linear(2, 2), nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
     assert required_blocks(chain, find_blocks(chain)) == []
     assert required_blocks(chain, find_blocks(chain), {"x": torch.zeros(1, 2)}) == [1]
+
+
+def test_block_that_is_labelled_alone_of_its_kind_is_required() -> None:
+    model = tiny_model("qwen2")
+    model.config.layer_types = ["sliding_attention"] * 4 + ["full_attention", "sliding_attention"]
+    assert required_blocks(model, find_blocks(model)) == [4]
+
+
+def test_names_that_are_all_different_are_no_kinds() -> None:
+    model = tiny_model("qwen2")
+    model.config.layer_types = [f"stage{i}" for i in range(6)]
+    assert required_blocks(model, find_blocks(model)) == []
+
+
+def test_kinds_of_the_other_half_of_an_encoder_decoder_are_not_looked_at() -> None:
+    config = transformers.T5Config(
+        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=3, num_decoder_layers=3, num_heads=2
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    for half in (model.encoder, model.decoder):
+        half.config.decoder_kinds = ["a", "b", "a"]
+    assert required_blocks(model, find_blocks(model)) == [0, 3, 4, 5]
+
+
+# --- what goes with blocks -----------------------------------------------------------------------
+
+
+class Indexed(nn.Linear):
+    """A block that knows where it stands, and has a table by place that all share."""
+
+    def __init__(self, index: int, table: dict[int, str]) -> None:
+        super().__init__(2, 2)
+        self.layer_idx = index
+        self.layer_dic = table
+
+
+def test_indices_and_tables_by_index_follow_the_blocks() -> None:
+    table = {1: "first", 2: "second", 4: "third"}
+    chain = Chain([Indexed(i, table) for i in range(5)])
+    undo = cut_in_place(chain, find_blocks(chain), [0, 2, 4])
+    assert [block.layer_idx for block in chain.blocks] == [0, 1, 2]
+    assert [block.layer_dic for block in chain.blocks] == [{1: "second", 2: "third"}] * 3
+    undo()
+    assert [block.layer_idx for block in chain.blocks] == [0, 1, 2, 3, 4]
+    assert [block.layer_dic for block in chain.blocks] == [table] * 5
+
+
+def test_settings_of_stages_stay_when_a_stage_has_as_many_blocks() -> None:
+    config = transformers.CvtConfig(depth=(1, 2, 3), embed_dim=(8, 16, 24), num_heads=(1, 2, 2))
+    model = transformers.CvtModel(config)
+    with only_blocks(model, find_blocks(model), [0, 1, 3, 5]):
+        assert list(model.config.embed_dim) == [8, 16, 24]
+        last = model.get_submodule("encoder.stages.2.layers")
+        assert len(list(last.children())) == 2
+
+
+def test_groups_that_have_weights_of_their_own_are_cut_like_blocks() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=32, embedding_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+        num_hidden_layers=4, num_hidden_groups=4,
+    )  # fmt: skip
+    model = transformers.AlbertModel(config).eval()
+    with only_blocks(model, find_blocks(model), [0, 3]):
+        assert (model.config.num_hidden_groups, model.config.num_hidden_layers) == (2, 2)
+        assert model(input_ids=torch.ones(1, 4, dtype=torch.int64))[0].isfinite().all()
+
+
+def test_indices_of_some_blocks_follow_them() -> None:
+    model = tiny_model("llama")
+    model.config.cross_attention_layers = [1, 4]
+    small = build_from_blocks(model, find_blocks(model), [0, 4, 5])
+    assert small.config.cross_attention_layers == [1]
+
+
+def test_one_half_of_an_encoder_decoder_is_cut_and_the_other_stays() -> None:
+    config = transformers.T5Config(
+        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=4, num_decoder_layers=4, num_heads=2
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    small = build_from_blocks(model, find_blocks(model, cut="encoder"), [0, 3])
+    assert (len(small.encoder.block), len(small.decoder.block)) == (2, 4)
+    assert (small.encoder.config.num_layers, small.decoder.config.num_layers) == (2, 4)
+
+
+def test_skeleton_has_room_for_buffers_made_of_weights() -> None:
+    config = transformers.IBertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=16,
+    )  # fmt: skip
+    blocks = Blocks((BlockList(("ibert.encoder.layer",), 3),))
+    model = skeleton("IBertForMaskedLM", config.to_dict(), blocks, [0, 2], torch.float32)
+    assert not any(t.is_meta for t in model.state_dict().values())

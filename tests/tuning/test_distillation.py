@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,11 @@ from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.distillation import (
     DistillSettings,
     Pair,
+    Terms,
     distill,
     distillation_loss,
     hidden_error,
+    logit_divergence,
     measure_fidelity,
 )
 from fedpeat.tuning.loss import batch_of, mean_loss
@@ -30,11 +35,12 @@ def pair(kept: tuple[int, ...] = (0, 2, 5)) -> Pair:
     student = build_from_blocks(teacher, blocks, kept)
     last = max(j for j, i in enumerate(kept) if i <= 4)
     own = blocks.select(kept)
-    return Pair(teacher, student, blocks.output(teacher, 4), own.output(student, last))
+    meetings = [(blocks.output(teacher, 4), own.output(student, last))]
+    return Pair(teacher, student, meetings)
 
 
 def middle(of: Pair) -> list[nn.Parameter]:
-    return list(of.student_block.parameters())
+    return list(of.meetings[-1][1].parameters())
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -42,11 +48,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return batch_of(data, torch.arange(4).numpy(), CPU)
 
 
-def gradient(of: Pair, lm_weight: float, hidden_weight: float) -> Tensor:
+def gradient(of: Pair, terms: Terms) -> Tensor:
     for parameter in middle(of):
         parameter.requires_grad_(True)
         parameter.grad = None
-    distillation_loss(of, *batch(), lm_weight=lm_weight, hidden_weight=hidden_weight).backward()
+    distillation_loss(of, *batch(), terms).backward()
     return torch.cat([p.grad.flatten() for p in middle(of) if p.grad is not None])
 
 
@@ -56,18 +62,50 @@ def test_hidden_error_worked_by_hand() -> None:
     assert float(hidden_error(teacher, student)) == pytest.approx(8 / 12.5)
 
 
-def test_each_term_that_is_on_has_a_gradient() -> None:
-    of = pair()
-    assert gradient(of, 1.0, 0.0).abs().max() > 0
-    assert gradient(of, 0.0, 1.0).abs().max() > 0
+def test_logit_divergence_worked_by_hand() -> None:
+    teacher, student = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[math.log(3.0), 0.0]]])
+    # one half each, against three quarters and one
+    want = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert float(logit_divergence(teacher, student)) == pytest.approx(want)
 
 
-def test_a_weight_of_zero_switches_off_that_term_alone() -> None:
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
+def test_each_term_that_is_on_has_a_gradient(term: str) -> None:
+    assert gradient(pair(), Terms(**{term: 1.0})).abs().max() > 0
+
+
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
+def test_a_weight_of_zero_switches_off_that_term_alone(term: str) -> None:
+    of, weights = pair(), {"lm": 1.0, "hidden": 2.0, "logit": 3.0, "block": 4.0}
+    without = gradient(of, Terms(**{**weights, term: 0.0}))
+    alone = gradient(of, Terms(**{term: weights[term]}))
+    torch.testing.assert_close(
+        gradient(of, Terms(**weights)), without + alone, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_language_models_loss_alone_is_the_emulators_own() -> None:
     of = pair()
-    both, lm, hidden = gradient(of, 1.0, 2.0), gradient(of, 1.0, 0.0), gradient(of, 0.0, 2.0)
-    torch.testing.assert_close(both, lm + hidden, rtol=1e-4, atol=1e-6)
-    lm_alone = distillation_loss(of, *batch(), lm_weight=1.0, hidden_weight=0.0)
-    assert lm_alone.item() == mean_loss(of.student, *batch()).item()
+    alone = distillation_loss(of, *batch(), Terms(lm=1.0))
+    assert alone.item() == mean_loss(of.student, *batch()).item()
+
+
+def test_the_term_of_blocks_is_the_mean_over_all_meetings() -> None:
+    of = pair((0, 2, 4, 5))
+    model, student = of.teacher, of.student
+    meetings = [
+        (model.get_submodule("model.layers.3"), student.get_submodule("model.layers.1")),
+        (model.get_submodule("model.layers.4"), student.get_submodule("model.layers.2")),
+    ]
+    each = [
+        float(distillation_loss(Pair(model, student, [m]), *batch(), Terms(hidden=1.0)))
+        for m in meetings
+    ]
+    both = Pair(model, student, meetings)
+    assert float(distillation_loss(both, *batch(), Terms(block=1.0))) == pytest.approx(
+        np.mean(each)
+    )
+    assert float(distillation_loss(both, *batch(), Terms(hidden=1.0))) == pytest.approx(each[1])
 
 
 def test_an_emulator_of_every_block_has_no_hidden_error() -> None:
@@ -78,7 +116,7 @@ def test_distillation_brings_the_emulator_closer_within_its_budget() -> None:
     of, data = pair(), random_text()
     before = measure_fidelity(of, data, 4)["hidden_error"]
     settings = DistillSettings(
-        num_tokens=4_000, lm_weight=0.0, hidden_weight=1.0, learning_rate=3e-3, batch_size=4
+        num_tokens=4_000, terms=Terms(hidden=1.0), learning_rate=3e-3, batch_size=4
     )
     calls: list[tuple[int, int]] = []
     used = distill(
@@ -104,7 +142,7 @@ def test_only_the_middle_is_trained() -> None:
     }
     teacher = {n: p.detach().clone() for n, p in of.teacher.named_parameters()}
     settings = DistillSettings(
-        num_tokens=640, lm_weight=1.0, hidden_weight=30.0, learning_rate=1e-2, batch_size=4
+        num_tokens=640, terms=Terms(lm=1.0, hidden=30.0), learning_rate=1e-2, batch_size=4
     )
     distill(of, middle(of), random_text(), settings, seed=0)
     for name, parameter in of.student.named_parameters():
@@ -116,7 +154,7 @@ def test_only_the_middle_is_trained() -> None:
 def test_a_budget_below_one_batch_is_refused() -> None:
     of = pair()
     settings = DistillSettings(
-        num_tokens=63, lm_weight=1.0, hidden_weight=1.0, learning_rate=1e-3, batch_size=4
+        num_tokens=63, terms=Terms(lm=1.0, hidden=1.0), learning_rate=1e-3, batch_size=4
     )
     with pytest.raises(EmulatorError, match="at least one batch of 64 tokens"):
         distill(of, middle(of), random_text(), settings, seed=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import peft
 import torch
-import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants as peft_defaults
 from peft.utils import transformers_weight_conversion as peft_conversion
 from torch import nn
@@ -23,13 +23,11 @@ from fedpeat.model.blocks import Blocks
 
 __all__ = ["METHODS", "AttachMethod"]
 
-AttachMethod = Callable[
-    [transformers.PreTrainedModel, Blocks, Sequence[int], AdapterConfig], nn.Module
-]
+AttachMethod = Callable[[nn.Module, Blocks, Sequence[int], AdapterConfig], nn.Module]
 
 
 def attach_lora(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put LoRA (or DoRA) onto linear layers of the tuned blocks.
 
@@ -39,6 +37,13 @@ def attach_lora(
     names = _matching(model, blocks, tuned, config.target_modules) or _linear_layers(
         model, blocks, tuned
     )
+    if not names:
+        kinds = {type(m).__name__ for _, m in _modules_in(model, blocks, tuned)}
+        raise AdapterError(
+            "LoRA needs linear layers or plain convolutions; the tuned blocks of "
+            f"{type(model).__name__} have only {', '.join(sorted(kinds))}; adapter.method none "
+            "tunes whole blocks"
+        )
     settings = peft.LoraConfig(
         task_type=_task(model),
         r=config.r,
@@ -53,7 +58,7 @@ def attach_lora(
 
 
 def attach_ia3(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put IA3 onto the tuned blocks.
 
@@ -61,7 +66,7 @@ def attach_ia3(
         Liu et al. (2022), Few-shot parameter-efficient fine-tuning is better and cheaper than
         in-context learning.
     """
-    kind = model.config.model_type
+    kind = _model_type(model)
     table = peft_defaults.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     wanted = config.target_modules or tuple(table.get(kind, ()))
     if not wanted:
@@ -80,7 +85,7 @@ def attach_ia3(
 
 
 def attach_prompt(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Put a soft prompt before the input; no block is changed.
 
@@ -95,7 +100,7 @@ def attach_prompt(
 
 
 def attach_blocks(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Tune whole blocks (EAT), kept in float32 so that small steps are not rounded away."""
     del config
@@ -106,7 +111,7 @@ def attach_blocks(
 
 
 def attach_everything(
-    model: transformers.PreTrainedModel, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
+    model: nn.Module, blocks: Blocks, tuned: Sequence[int], config: AdapterConfig
 ) -> nn.Module:
     """Tune every weight, embeddings included."""
     del blocks, tuned, config
@@ -137,18 +142,37 @@ def _task(model: nn.Module) -> peft.TaskType | None:
     return None
 
 
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None))
+
+
 def _names(value: str | Sequence[str]) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value
 
 
-def _put_on(model: transformers.PreTrainedModel, settings: peft.PeftConfig) -> nn.Module:
-    with (
-        warnings.catch_warnings()
-    ):  # peft 0.21 asks transformers 5.23 by an old name; nothing a user can change
-        warnings.filterwarnings(
+def _put_on(model: nn.Module, settings: peft.PeftConfig) -> nn.Module:
+    with warnings.catch_warnings():  # nothing a user can change
+        warnings.filterwarnings(  # peft 0.21 asks transformers 5.23 by an old name
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
-        return peft.get_peft_model(model, settings)
+        warnings.filterwarnings(  # peft sets it right for each layer of a mixed network
+            "ignore", message="fan_in_fan_out is set to", category=UserWarning
+        )
+        tuned = peft.get_peft_model(model, settings)
+    _show_settings(tuned)
+    return tuned
+
+
+def _show_settings(tuned: nn.Module) -> None:
+    """Let networks that read a layer's settings, such as a convolution's stride, still find them.
+
+    PEFT puts a layer of its own around the tuned one.
+    """
+    for module in tuned.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, value in vars(module.get_base_layer()).items():
+                if not name.startswith("_") and not hasattr(module, name):
+                    setattr(module, name, value)
 
 
 def _modules_in(
@@ -159,6 +183,7 @@ def _modules_in(
         for index in tuned
         for part_name, part in blocks.parts(model, index)
         for name, module in part.named_modules()
+        if not isinstance(part.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D)
     ]
 
 
@@ -181,10 +206,11 @@ def _is_linear(module: nn.Module) -> bool:
     """Say whether a layer maps vectors to vectors; routers are subclasses that return more."""
     if type(module).forward in {nn.Linear.forward, Conv1D.forward}:
         return True
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear | Conv1D):
         return False
     weight = module.weight
-    vector = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device)
+    width = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+    vector = torch.zeros(1, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         try:
             return isinstance(module(vector), torch.Tensor)
@@ -198,7 +224,7 @@ def _refused_by_peft(model: nn.Module) -> set[str]:
     Names that mixtures of experts used in transformers 4 it moves to the experts of every block,
     and two of Mamba's it rejects.
     """
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    kind = _model_type(model)
     experts = _EXPERTS_LIKE.get(kind, "")
     moved = peft_conversion._MOE_TARGET_MODULE_MAPPING.get(experts, {})  # noqa: SLF001
     mamba = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}

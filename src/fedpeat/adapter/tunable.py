@@ -158,7 +158,7 @@ class Tunable:
 
 
 def attach(
-    model: transformers.PreTrainedModel,
+    model: nn.Module,
     blocks: Blocks,
     tuned: Sequence[int],
     config: AdapterConfig,
@@ -184,6 +184,7 @@ def attach(
     own = [index for index, full in to_full.items() if full in set(tuned)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        _let_gradients_through(model, here)
         tuned_model = METHODS[config.method](model, here, own, config)
     trained = {_wire_name(name): p for name, p in tuned_model.named_parameters() if p.requires_grad}
     if not trained:
@@ -191,6 +192,16 @@ def attach(
     names = here.rename(trained, blocks, to_full)
     tuned_model.eval()
     return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
+
+
+def _let_gradients_through(model: nn.Module, blocks: Blocks) -> None:
+    """Give embeddings a gradient where blocks go backwards by themselves (Reformer).
+
+    They do so only if what enters them has one.
+    """
+    by_themselves = any(hasattr(part, "backward_pass") for _, part in blocks.parts(model, 0))
+    if by_themselves and isinstance(model, transformers.PreTrainedModel):
+        model.enable_input_require_grads()
 
 
 def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

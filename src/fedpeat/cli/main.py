@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -161,6 +162,40 @@ def _add_report(commands: Commands) -> None:
     parser.add_argument("run", type=Path, help="run folder")
 
 
+def _add_inspect(commands: Commands) -> None:
+    text = "show how a model would be cut, and try that cutting it is exact"
+    parser = _add(commands, "inspect", text, _inspect)
+    parser.add_argument("model", help="Hub name, folder, or bundled")
+    parser.add_argument("--blocks", metavar="PATH", help="list to cut; found if not given")
+    parser.add_argument(
+        "--cut",
+        choices=("both", "encoder", "decoder"),
+        default="both",
+        help="half of an encoder-decoder to cut (default: both)",
+    )
+    parser.add_argument(
+        "--placement",
+        choices=("ends", "top", "all"),
+        default="ends",
+        help="blocks that are tuned (default: ends)",
+    )
+    parser.add_argument("--num-bottom", type=int, metavar="N", help="at the bottom (default: 2)")
+    parser.add_argument("--num-top", type=int, metavar="N", help="at the top (default: 2)")
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=float,
+        metavar="RATIO",
+        help="shares of the other blocks that emulators keep (default: 0.75 0.5 0.33 0.2)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a Hub model run its own Python code"
+    )
+    parser.add_argument("--json", action="store_true", help="print a record for scripts")
+
+
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from fedpeat.cli.terminal import Terminal
 
@@ -226,6 +261,24 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
 
     is_comparison = (args.run / "comparison.json").exists()
     print(write_comparison(args.run) if is_comparison else write_report(args.run))
+
+
+def _inspect(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    import json
+    from inspect import signature
+
+    from fedpeat.experiments.inspect import inspect
+
+    names = signature(inspect).parameters.keys() & vars(args).keys() - {"model"}
+    given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    result = inspect(args.model, **given)
+    if args.json:
+        print(json.dumps(result.record()))
+    else:
+        from fedpeat.cli.inspection import show
+
+        show(result)
 
 
 def _quiet_libraries() -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Terminal"]
+__all__ = ["Terminal", "size"]
 
 QUALITIES = {
     "full_zero_shot": "full model, untouched",
@@ -114,7 +114,7 @@ def _round_row(line: Mapping[str, Any], num_rounds: int) -> str:
         f"{line['server_round']:>4}/{num_rounds:<4}  {_number(quality):>11}  "
         f"{_number(line['train_loss'], 3):>10}  "
         f"{statuses['accepted']:>4}/{len(line['participants']):<4}  "
-        f"{_size(line['bytes_down']):>9}  {_size(line['bytes_up']):>9}  {line['seconds']:>5.1f} s"
+        f"{size(line['bytes_down']):>9}  {size(line['bytes_up']):>9}  {line['seconds']:>5.1f} s"
     )
     return row + (f"  [yellow]{', '.join(others)}[/]" if others else "")
 
@@ -123,7 +123,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000 or unit == "GB":
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -42,7 +42,15 @@ STEPS: Mapping[str, StepKind] = {
     ),
     "cka": StepKind(0, "ratio", "keep the middle block of each group of like neighbours"),
     "gradient": StepKind(0, "ratio", "keep the blocks that the gradients need most"),
+    "width": StepKind(
+        1, "ratio", "keep this share of the neurons inside the kept middle blocks, refit the rest"
+    ),
+    "low_rank": StepKind(
+        1, "ratio", "factor the linear layers of the kept middle blocks, keep this share of weights"
+    ),
     "distill": StepKind(2, "tokens", "train the kept middle blocks to stand in for all"),
+    "int8": StepKind(3, "none", "store matrices in 8 bits"),
+    "int4": StepKind(3, "none", "store matrices in 4 bits"),
 }
 _ONE_AT_MOST = {0, 3}
 _STEP = re.compile(r"([a-z][a-z0-9_]*)(?::([^:+]*))?")

@@ -15,6 +15,7 @@ __all__ = [
     "AdapterConfig",
     "ComparisonPlan",
     "Config",
+    "Cut",
     "DataConfig",
     "EmulatorConfig",
     "EvaluationConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "LocalConfig",
     "Method",
     "ModelConfig",
+    "Placement",
     "ServerConfig",
 ]
 
@@ -31,6 +33,7 @@ PeftMethod = Literal["lora", "ia3", "prompt", "none", "full"]
 Partition = Literal["natural", "iid", "dirichlet"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 
 
@@ -67,10 +70,14 @@ class ModelConfig:
     """Device to compute on: auto, cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code."""
+    cut: Cut = "both"
+    """Half of an encoder-decoder whose blocks are compressed and tuned: both, encoder or decoder;
+    the other half is sent as it is."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "model.name", "a Hub name, a folder or 'bundled'", self.name)
         _require_choice("model.dtype", DType, self.dtype)
+        _require_choice("model.cut", Cut, self.cut)
 
 
 @dataclass(frozen=True)
@@ -157,22 +164,27 @@ class EmulatorConfig:
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
-    ratio in (0, 1], or full for every block; then distill:TOKENS of the server's own text. For
-    example greedy:0.5+distill:200000."""
+    ratio in (0, 1], or full for every block; then low_rank and the share of each matrix's weights
+    to keep; then distill:TOKENS of the server's own text; then int8 or int4. For example
+    greedy:0.5+distill:200000+int8."""
     lower_rungs: tuple[float, ...] = ()
     """Shares of the blocks that smaller emulators keep, falling, each below the recipe's, e.g.
     [0.5, 0.33]. With the recipe's own they form a ladder, on which federated.client_rungs places
     the devices; the blocks of a rung are among those of the one above it. The recipe's other steps
     hold for every rung, distill's tokens for each."""
     calibration_tokens: int = 16384
-    """Tokens of the server's own text that a choice of blocks looks at."""
+    """Tokens of the server's own text that a choice of blocks, and low_rank, look at."""
     dtype: DType = "auto"
     """Type in which the emulator is stored and sent; auto takes the type of the model's own
     file."""
     distill_lm_weight: float = 1.0
     """Weight of the language-modelling loss in distillation."""
     distill_hidden_weight: float = 30.0
-    """Weight of the normalised hidden-state error in distillation."""
+    """Weight of the normalised hidden-state error, at the end of the middle, in distillation."""
+    distill_logit_weight: float = 0.0
+    """Weight of the divergence of the two next-token distributions in distillation."""
+    distill_block_weight: float = 0.0
+    """Weight of the mean of the hidden-state errors after each kept block in distillation."""
     distill_learning_rate: float = 1e-4
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
@@ -188,9 +200,11 @@ class EmulatorConfig:
             self.calibration_tokens,
         )
         _require_choice("emulator.dtype", DType, self.dtype)
-        _require_not_negative("emulator.distill_lm_weight", self.distill_lm_weight)
-        _require_not_negative("emulator.distill_hidden_weight", self.distill_hidden_weight)
-        weights = self.distill_lm_weight + self.distill_hidden_weight
+        weights = 0.0
+        for term in ("lm", "hidden", "logit", "block"):
+            name = f"distill_{term}_weight"
+            _require_not_negative(f"emulator.{name}", getattr(self, name))
+            weights += getattr(self, name)
         _require(
             not recipe.has("distill") or weights > 0,
             "emulator.distill_*_weight",
@@ -533,8 +547,16 @@ class Config:
                 f"at least {batch}, a batch of emulator.distill_batch_size blocks",
                 self.server.realign_tokens,
             )
-            weights = self.emulator.distill_lm_weight + self.emulator.distill_hidden_weight
+            terms = ("lm", "hidden", "logit", "block")
+            weights = sum(getattr(self.emulator, f"distill_{term}_weight") for term in terms)
             _require(weights > 0, "emulator.distill_*_weight", "above 0 for one of them", weights)
+            recipe = parse_recipe(self.emulator.recipe)
+            _require(
+                self.server.realign_rank > 0 or not (recipe.has("int8") or recipe.has("int4")),
+                "server.realign_rank",
+                "above 0 for a recipe with int8 or int4, whose weights cannot be trained",
+                self.server.realign_rank,
+            )
         for rung in self.federated.client_rungs:
             allowed = ", ".join(f"{ratio:g}" for ratio in self.emulator.rungs)
             _require(

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpeat.emulator.calibration import Batch, block_states
+from fedpeat.core.errors import EmulatorError
+from fedpeat.emulator.calibration import Batch
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.tracing import block_calls
 
 __all__ = ["clusters_of_blocks", "linear_cka", "select_by_cka"]
 
@@ -42,8 +44,10 @@ def clusters_of_blocks(
     """
     states: dict[int, list[Tensor]] = {index: [] for index in candidates}
     for batch in batches:
-        for index, (_, left) in block_states(model, blocks, candidates, batch).items():
-            states[index].append(left.float().flatten(0, -2))
+        for index, call in block_calls(model, blocks, candidates, batch).items():
+            states[index].append(call.states[1].float().flatten(0, -2))
+    if idle := [index for index, parts in states.items() if not parts]:
+        raise EmulatorError(f"cka compares what blocks give; {idle} do not run for text")
     rows = {index: torch.cat(parts) for index, parts in states.items()}
     clusters = [[index] for index in candidates]
     while len(clusters) > num_clusters:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedpeat.emulator.calibration import Batch, block_states
+from fedpeat.emulator.calibration import Batch
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.tracing import block_calls
 
 __all__ = ["block_influence", "select_by_influence"]
 
@@ -23,7 +24,8 @@ def block_influence(
     """
     sums = dict.fromkeys(candidates, 0.0)
     for batch in batches:
-        for index, (came, left) in block_states(model, blocks, candidates, batch).items():
+        for index, call in block_calls(model, blocks, candidates, batch).items():
+            came, left = call.states
             cosine = nn.functional.cosine_similarity(came.float(), left.float(), dim=-1)
             sums[index] += float(1 - cosine.mean())
     return {index: total / len(batches) for index, total in sums.items()}

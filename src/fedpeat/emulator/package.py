@@ -36,10 +36,11 @@ from fedpeat.emulator.parts import (
 from fedpeat.emulator.update import UPDATE, add_update
 from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
+from fedpeat.model.layers import LayerSpec, num_parameters, read_specs
 
 __all__ = ["EmulatorPackage", "Manifest", "Memory", "Part", "pack_emulator"]
 
-SCHEMA = 3
+SCHEMA = 4
 WEIGHTS_FILE, UPDATE_FILE = "model.safetensors", "update.safetensors"
 
 Memory = MutableMapping[str, dict[str, torch.Tensor]]
@@ -64,6 +65,7 @@ class Manifest:
         architecture: Class of the network in transformers, e.g. "LlamaForCausalLM".
         blocks: The full model's lists of blocks.
         source_blocks: Index in the full model of each block, in order.
+        layers: Layers that differ from the full model's, in the order in which they were changed.
         num_parameters: Parameters, tied ones counted once.
         num_bytes: Length of all parts together.
         dtype: Type of the weights.
@@ -77,6 +79,7 @@ class Manifest:
     architecture: str
     blocks: Blocks
     source_blocks: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
     num_parameters: int
     num_bytes: int
     dtype: str
@@ -123,7 +126,12 @@ class EmulatorPackage:
         memory = {} if memory is None else memory
         try:
             model = skeleton(
-                manifest.architecture, self.config, manifest.blocks, manifest.source_blocks, dtype
+                manifest.architecture,
+                self.config,
+                manifest.blocks,
+                manifest.source_blocks,
+                dtype,
+                layers=manifest.layers,
             )
             self._read_into(memory)
             weights = [memory[p.sha256] for p in self.manifest.parts if p.name != UPDATE]
@@ -304,6 +312,7 @@ def pack_emulator(
     blocks: Blocks,
     source_blocks: Sequence[int],
     *,
+    layers: Sequence[LayerSpec] = (),
     recipe: str,
     dtype: torch.dtype,
     parent_sha256: str,
@@ -315,6 +324,7 @@ def pack_emulator(
         parent: The full model.
         blocks: The full model's blocks.
         source_blocks: Index in the full model of each block of the emulator.
+        layers: What was done to its layers.
         recipe: How it was made.
         dtype: Type of the weights.
         parent_sha256: Fingerprint of the full model's weights.
@@ -332,7 +342,8 @@ def pack_emulator(
         architecture=type(parent).__name__,
         blocks=blocks,
         source_blocks=tuple(source_blocks),
-        num_parameters=sum(p.numel() for p in emulator.parameters()),
+        layers=tuple(layers),
+        num_parameters=num_parameters(emulator),
         num_bytes=sum(part.num_bytes for part in listed),
         dtype=str(dtype).split(".")[-1],
         parent_sha256=parent_sha256,
@@ -345,9 +356,15 @@ def pack_emulator(
 
 def identity(config: Mapping[str, Any], manifest: Manifest) -> str:
     """Return the hash that names an emulator: of its parts' hashes and of how to use them."""
-    use = [dict(config), manifest.architecture, asdict(manifest.blocks), manifest.source_blocks]
-    parts = [[part.name, part.sha256, part.num_bytes] for part in manifest.parts]
-    return hashlib.sha256(json.dumps([*use, parts], sort_keys=True).encode()).hexdigest()
+    use = [
+        dict(config),
+        manifest.architecture,
+        asdict(manifest.blocks),
+        manifest.source_blocks,
+        [asdict(spec) for spec in manifest.layers],
+        [asdict(part) for part in manifest.parts],
+    ]
+    return hashlib.sha256(json.dumps(use, sort_keys=True).encode()).hexdigest()
 
 
 def _parts(state: Tensors, blocks: Blocks) -> tuple[tuple[Part, ...], dict[str, bytes]]:
@@ -359,8 +376,9 @@ def _parts(state: Tensors, blocks: Blocks) -> tuple[tuple[Part, ...], dict[str, 
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as it is stored: only numbers with a point are rounded."""
-    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    """Return a tensor as it is stored: numbers with a point are rounded, and never widened."""
+    rounds = tensor.is_floating_point() and tensor.dtype.itemsize >= dtype.itemsize
+    return tensor.detach().to("cpu", dtype if rounds else tensor.dtype)
 
 
 def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
@@ -371,5 +389,6 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
     parts = tuple(
         Part(str(p["name"]), str(p["sha256"]), int(p["num_bytes"])) for p in data["parts"]
     )
-    source_blocks = tuple(data["source_blocks"])
-    return Manifest(**{**data, "blocks": blocks, "source_blocks": source_blocks, "parts": parts})
+    source_blocks, layers = tuple(data["source_blocks"]), read_specs(data["layers"])
+    read = {"blocks": blocks, "source_blocks": source_blocks, "layers": layers, "parts": parts}
+    return Manifest(**{**data, **read})

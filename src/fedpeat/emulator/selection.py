@@ -76,6 +76,11 @@ def choose_blocks(
         for candidates in _candidates(blocks, kept):
             number, select = _number_kept(step, candidates), SELECTIONS[step.name]
             kept.update(select(model, blocks, candidates, number, batches))
+        if len(kept) == blocks.num_blocks:
+            raise EmulatorError(
+                f"there are no blocks to compress: {step} leaves all {blocks.num_blocks}, since it "
+                "keeps one of those free to go; tune fewer blocks, or take a deeper model"
+            )
     return sorted(kept)
 
 

@@ -6,7 +6,7 @@ processor does; so all hold the same bits, and the parts that were sent before s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.parts import Tensors
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.layers import FewBits, LowRankLinear, is_plain_linear
 
 __all__ = ["UPDATE", "add_update", "fresh_update"]
 
@@ -50,15 +51,10 @@ def fresh_update(
     factors: dict[str, Tensor] = {}
     for place in places:
         for part_name, part in blocks.parts(model, place):
-            for name, module in part.named_modules(prefix=part_name):
-                if (sides := _sides(module)) is not None:
-                    d_in, d_out = sides
-                    r = min(rank, d_in, d_out)
-                    a = torch.randn(r, d_in, generator=random) / d_in**0.5
-                    factors |= {
-                        name + _A: a.to(device),
-                        name + _B: torch.zeros(d_out, r).to(device),
-                    }
+            for name, (d_in, d_out) in _linear_layers(part, part_name):
+                r = min(rank, d_in, d_out)
+                a = torch.randn(r, d_in, generator=random) / d_in**0.5
+                factors |= {name + _A: a.to(device), name + _B: torch.zeros(d_out, r).to(device)}
     if not factors:
         raise EmulatorError(
             "server.realign_rank must be 0 for this model: its middle has no linear layer for a "
@@ -97,11 +93,25 @@ def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tenso
     return hook
 
 
+def _linear_layers(part: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the linear layers of a block's part with their sides; halves of a product are none."""
+    if (sides := _sides(part)) is not None:
+        yield prefix, sides
+        return
+    for name, child in part.named_children():
+        yield from _linear_layers(child, f"{prefix}.{name}")
+
+
 def _sides(module: nn.Module) -> tuple[int, int] | None:
     """Return what a linear layer reads and writes; None for all else, routers among them."""
+    few_bits = getattr(module, "few_bits", None)
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return None
-    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
+        rows, columns = few_bits.shape if isinstance(few_bits, FewBits) else module.weight.shape
+        return int(rows), int(columns)
+    if isinstance(module, nn.Linear) and (
+        isinstance(few_bits, FewBits)
+        or isinstance(module, LowRankLinear)
+        or is_plain_linear(module)
+    ):
+        return module.in_features, module.out_features
+    return None

@@ -127,7 +127,7 @@ def set_up(
     """
     observer.message(f"loading model {config.model.name}")
     loaded = load_full_model(config)
-    blocks = find_blocks(loaded.model)
+    blocks = find_blocks(loaded.model, cut=config.model.cut)
     if text is None:
         observer.message(f"reading data {config.data.source}")
         text = load_federated_text(config.data, loaded.tokenizer, config.seed)

@@ -1,25 +1,30 @@
-"""Make the emulators of a run: drop blocks, distil if asked, measure, and pack."""
+"""Make the emulators of a run: choose blocks, take the recipe's other steps, measure, and pack."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from fedpeat.config.recipe import Recipe, parse_recipe
+from fedpeat.config.recipe import Recipe, Step, parse_recipe
 from fedpeat.config.schema import EmulatorConfig
 from fedpeat.core.errors import EmulatorError
 from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.federation import FederatedText
 from fedpeat.emulator.calibration import Batch
+from fedpeat.emulator.few_bits import store_in_few_bits
+from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_rungs
+from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.experiments.ladder import Ladder
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.layers import LayerSpec
 from fedpeat.model.loading import DTYPES, LoadedModel
-from fedpeat.tuning.distillation import DistillSettings, distill, measure_fidelity
+from fedpeat.tuning.distillation import DistillSettings, Terms, distill, measure_fidelity
 from fedpeat.tuning.loss import batch_of
 
 __all__ = ["distill_settings", "make_emulators", "rung_name"]
@@ -28,6 +33,27 @@ __all__ = ["distill_settings", "make_emulators", "rung_name"]
 def rung_name(ratio: float) -> str:
     """Return the name of a rung: the share of the blocks that it keeps."""
     return f"{ratio:g}"
+
+
+@dataclass(frozen=True)
+class _Workpiece:
+    """The emulators in the making; what is done to a block is done to it on every rung.
+
+    Attributes:
+        ladder: Full model and emulators.
+        batches: Text to look at.
+        config: How to distil.
+        text: Who owns which text.
+        seed: Seed of distillation.
+        observer: Is told the progress.
+    """
+
+    ladder: Ladder
+    batches: Sequence[Batch]
+    config: EmulatorConfig
+    text: FederatedText
+    seed: int
+    observer: Observer
 
 
 def make_emulators(
@@ -58,35 +84,39 @@ def make_emulators(
         EmulatorError: If there is nothing to compress, or no text to distil on.
     """
     top = parse_recipe(config.recipe)
-    recipes = {rung_name(ratio): top.at(ratio) for ratio in config.lower_rungs}
-    recipes = {rung_name(top.ratio): top, **recipes}
+    recipes = {rung_name(top.ratio): top}
+    recipes |= {rung_name(ratio): top.at(ratio) for ratio in config.lower_rungs}
     batches = _calibration(loaded, text, config)
     steps = [recipe.selection for recipe in recipes.values()]
     kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept[0])
+    ladder = Ladder(
+        loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), frozenset(tuned)
+    )
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    ladder = Ladder(loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), tuned)
+    layers: list[LayerSpec] = []
     fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
     if not top.is_full:
+        piece = _Workpiece(ladder, batches, config, text, seed, observer)
         before = _fidelity(ladder, text)
-        for step in top.steps:
-            if step.name == "distill":
-                _distill(ladder, config, int(step.value), text, seed, observer)
-        computed = next(loaded.model.parameters()).dtype
-        for rounded_to in (dtype, computed):  # measure what will be sent
-            torch.nn.Module.to(student, dtype=rounded_to)
-        after = _fidelity(ladder, text)
+        for step in top.steps[1:]:
+            if step.name in _AFTER_ROUNDING:
+                _round(student, dtype)
+            layers += STEPS[step.name](piece, step)
+        _round(student, dtype)  # measure what will be sent
+        fidelity = _fidelity(ladder, text)
         for name, recipe in recipes.items():
-            fidelity[name] = {f"{k}_before": v for k, v in before[name].items()} | after[name]
+            fidelity[name] |= {f"{key}_before": value for key, value in before[name].items()}
             observer.message(_fidelity_line(recipe, ladder.kept[name], fidelity[name]))
     packages = {}
     for name, recipe in recipes.items():
-        with ladder.rung(name) as pair:
+        with ladder.rung(name):
             package = pack_emulator(
-                pair.student,
+                student,
                 loaded.model,
                 blocks,
                 ladder.kept[name],
+                layers=ladder.specs_of(name, layers),
                 recipe=str(recipe),
                 dtype=dtype,
                 parent_sha256=loaded.sha256,
@@ -104,6 +134,14 @@ def _fidelity(ladder: Ladder, text: FederatedText) -> dict[str, dict[str, float]
     return measured
 
 
+def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round weights to the type that they are sent in; they stay in the one computed in."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize:
+                tensor.copy_(tensor.to(dtype))
+
+
 def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfig) -> list[Batch]:
     """Return some of the server's text as inputs of the model."""
     if text.server is None:
@@ -119,47 +157,69 @@ def _calibration(loaded: LoadedModel, text: FederatedText, config: EmulatorConfi
     return batches
 
 
-def _distill(
-    ladder: Ladder,
-    config: EmulatorConfig,
-    num_tokens: int,
-    text: FederatedText,
-    seed: int,
-    observer: Observer,
-) -> None:
-    if text.server is None:
+def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    if piece.text.server is None:
         raise EmulatorError(
             "emulator.recipe distills, which needs text of the server; raise data.server_ratio "
             "above 0"
         )
-    data, settings = text.server, distill_settings(config, num_tokens)
+    ladder, settings = piece.ladder, distill_settings(piece.config, int(step.value))
     for name in reversed(list(ladder.kept)):
         title = "distil emulator" if len(ladder.kept) == 1 else f"distil rung {name}"
 
         def progress(done: int, total: int, loss: float, title: str = title) -> None:
-            observer.progress(title, done, total, f"loss {loss:.3f}")
+            piece.observer.progress(title, done, total, f"loss {loss:.3f}")
 
         trainable = ladder.added(name)
         with ladder.rung(name) as pair, torch.random.fork_rng(devices=[]):
             distill(
                 pair,
                 trainable,
-                data,
+                piece.text.server,
                 settings,
-                seed=derive_seed(seed, "distill"),
+                seed=derive_seed(piece.seed, "distill"),
                 progress=progress,
             )
+    return []
 
 
 def distill_settings(config: EmulatorConfig, num_tokens: int) -> DistillSettings:
     """Return how emulators are distilled, within a budget of tokens."""
     return DistillSettings(
         num_tokens=num_tokens,
-        lm_weight=config.distill_lm_weight,
-        hidden_weight=config.distill_hidden_weight,
+        terms=Terms(
+            lm=config.distill_lm_weight,
+            hidden=config.distill_hidden_weight,
+            logit=config.distill_logit_weight,
+            block=config.distill_block_weight,
+        ),
         learning_rate=config.distill_learning_rate,
         batch_size=config.distill_batch_size,
     )
+
+
+def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    ladder = piece.ladder
+    return factorise(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+
+
+def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    ladder = piece.ladder
+    return leave_out_neurons(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+
+
+def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    return store_in_few_bits(piece.ladder.student, "int8" if step.name == "int8" else "int4")
+
+
+STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
+    "width": _width,
+    "low_rank": _low_rank,
+    "distill": _distill,
+    "int8": _few_bits,
+    "int4": _few_bits,
+}
+_AFTER_ROUNDING = {"int8", "int4"}
 
 
 def _fidelity_line(recipe: Recipe, kept: Sequence[int], fidelity: dict[str, float]) -> str:

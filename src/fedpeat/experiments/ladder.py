@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import only_blocks
+from fedpeat.model.layers import LayerSpec
 from fedpeat.tuning.distillation import Pair
 
 __all__ = ["Ladder"]
@@ -31,29 +32,42 @@ class Ladder:
     student: nn.Module
     blocks: Blocks
     kept: Mapping[str, Sequence[int]]
-    tuned: Sequence[int]
+    tuned: Collection[int]
 
     @property
-    def _largest(self) -> Sequence[int]:
+    def largest(self) -> Sequence[int]:
+        """Index in the full model of each block of the largest emulator."""
         return next(iter(self.kept.values()))
+
+    @property
+    def own(self) -> Blocks:
+        """Blocks of the largest emulator."""
+        return self.blocks.select(self.largest)
+
+    @property
+    def middle(self) -> list[int]:
+        """Places in the largest emulator of the blocks that are not tuned."""
+        return [place for place, index in enumerate(self.largest) if index not in self.tuned]
 
     @contextmanager
     def rung(self, name: str) -> Iterator[Pair]:
-        """Make the network a rung for a while, paired with the full model at the middle's end.
+        """Make the network a rung for a while, paired with the full model."""
+        own, places = self.own, [self.largest.index(i) for i in self.kept[name]]
+        with only_blocks(self.student, own, places):
+            yield Pair(self.teacher, self.student, self._meetings(self.kept[name]))
 
-        After the last block of the middle both have the same tuned blocks.
-        """
-        largest, kept = self._largest, self.kept[name]
-        own = self.blocks.select(largest)
-        middle = [i for i in range(self.blocks.num_blocks) if i not in set(self.tuned)]
-        last = max(place for place, index in enumerate(kept) if index <= middle[-1])
-        with only_blocks(self.student, own, [largest.index(i) for i in kept]):
-            yield Pair(
-                self.teacher,
-                self.student,
-                self.blocks.output(self.teacher, middle[-1]),
-                self.blocks.select(kept).output(self.student, last),
-            )
+    def _meetings(self, kept: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
+        """Pair each kept block of the middle with the last of the blocks that it stands in for."""
+        blocks, own = self.blocks, self.blocks.select(kept)
+        ends = {start + item.num_blocks for item, start in blocks.starts}
+        middle = [place for place, index in enumerate(kept) if index not in self.tuned]
+        meetings = []
+        for place in middle or [len(kept) - 1]:
+            end = next(end for end in sorted(ends) if end > kept[place])
+            following = kept[place + 1] if place + 1 < len(kept) else end
+            last = min(following, end) - 1
+            meetings.append((blocks.output(self.teacher, last), own.output(self.student, place)))
+        return meetings
 
     def added(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of the middle that a rung has and the smaller ones have not.
@@ -63,12 +77,17 @@ class Ladder:
         """
         names = list(self.kept)
         smaller = {i for below in names[names.index(name) + 1 :] for i in self.kept[below]}
-        settled = {*smaller, *self.tuned}
-        own = self.blocks.select(self._largest)
         return [
             parameter
-            for place, index in enumerate(self._largest)
-            if index in self.kept[name] and index not in settled
-            for _, part in own.parts(self.student, place)
+            for place in self.middle
+            if self.largest[place] in self.kept[name] and self.largest[place] not in smaller
+            for _, part in self.own.parts(self.student, place)
             for parameter in part.parameters()
         ]
+
+    def specs_of(self, name: str, layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+        """Return what was done to layers of the largest emulator, for those that a rung has."""
+        kept = self.kept[name]
+        places = {self.largest.index(index): place for place, index in enumerate(kept)}
+        names = self.own.rename([spec.name for spec in layers], self.blocks.select(kept), places)
+        return [replace(spec, name=names[spec.name]) for spec in layers if spec.name in names]

@@ -39,7 +39,7 @@ def plugged_model(config: Config, state: Mapping[str, np.ndarray]) -> tuple[Load
     """
     config = METHODS[config.method].settings(config)
     loaded = load_full_model(config)
-    blocks = find_blocks(loaded.model)
+    blocks = find_blocks(loaded.model, cut=config.model.cut)
     adapter = config.adapter
     tuned = tuned_blocks(adapter.placement, blocks.num_blocks, adapter.num_bottom, adapter.num_top)
     if adapter.placement == "all":

@@ -115,7 +115,7 @@ def _replaced(
 def _tunable(bench: Bench, network: nn.Module, kept: tuple[int, ...], adapter: State) -> Tunable:
     """Attach the adapter to an emulator's network, frozen."""
     tuned = [index for index in bench.tuned if index in kept]
-    student = attach(network, bench.blocks, tuned, bench.config.adapter, kept=kept)  # type: ignore[arg-type]
+    student = attach(network, bench.blocks, tuned, bench.config.adapter, kept=kept)
     student.load({name: adapter[name] for name in student.parameters})
     student.model.requires_grad_(False)
     return student

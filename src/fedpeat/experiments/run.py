@@ -17,6 +17,7 @@ from fedpeat.core.errors import CheckpointError, ConfigError, FedPEATError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
 from fedpeat.data.federation import FederatedText, load_federated_text
+from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import make_controller, make_federation, set_up
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import LogFile, Observer, Observers, Silent, TensorBoard
@@ -182,16 +183,22 @@ def _add_upper_bound(
 
 
 def _local_only(config: Config, folder: RunFolder, observer: Observer) -> dict[str, Any]:
-    """Let each device tune alone; report the geometric mean of quality and the sum of costs."""
+    """Let each device tune alone; report the geometric mean of quality and the sum of costs.
+
+    The server makes the emulator once, for the first.
+    """
     loaded = load_full_model(config)
     text = load_federated_text(config.data, loaded.tokenizer, config.seed)
     alone = replace(config, server=replace(config.server, participates=False))
-    summaries = []
+    summaries: list[dict[str, Any]] = []
+    emulator = folder.path / "clients" / _safe_name(next(iter(text.clients))) / "emulator"
     for client_id, data in text.clients.items():
         observer.message(f"{client_id} alone")
         inner = RunFolder(folder.path / "clients" / _safe_name(client_id))
         own = FederatedText({client_id: data}, text.server, text.validation, text.test)
         with _opened(inner, alone, resume=True, overwrite=False):
+            if summaries and not (inner.path / "emulator").exists():
+                EmulatorPackage.load(emulator).save(inner.path / "emulator")
             summary, _ = _federated(alone, inner, observer, own)
             inner.write_summary(summary)
         summaries.append(summary)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
+from fedpeat.config.schema import Cut
 from fedpeat.core.errors import SplitError
 
 __all__ = ["BlockList", "Blocks", "find_blocks"]
@@ -158,19 +159,29 @@ class Blocks:
         return None
 
 
-def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
+def find_blocks(model: nn.Module, path: str | None = None, cut: Cut = "both") -> Blocks:
     """Return the blocks of a network.
 
     Args:
         model: Any network.
         path: Dotted name of the list to cut, where it shall not be found.
+        cut: Which half of an encoder-decoder to look in.
 
     Raises:
-        SplitError: If it has none, or only lists that do not fit its configuration.
+        SplitError: If it has none, or only lists that do not fit its configuration, or runs the
+            same block over and over, or lacks the half to cut.
     """
     if path is not None:
         return Blocks((_named_list(model, path),))
-    found = [_found_in(part, prefix, model) for prefix, part in _halves(model)]
+    halves = _halves(model)
+    if cut != "both":
+        if cut not in halves:
+            raise SplitError(
+                f"{type(model).__name__} has no {cut} to cut by itself; model.cut must be both, "
+                f"got {cut}"
+            )
+        halves = {cut: halves[cut]}
+    found = [_found_in(part, prefix, model) for prefix, part in halves.values()]
     return Blocks(tuple(item for items in found for item in items))
 
 
@@ -185,18 +196,17 @@ def _named_list(model: nn.Module, path: str) -> BlockList:
     return BlockList((path,), len(module))
 
 
-def _halves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _halves(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     """Return where to look: both halves of an encoder-decoder, the text part of what also sees."""
-    if not isinstance(model, transformers.PreTrainedModel):
-        return [("", model)]
-    names = {id(module): name for name, module in model.named_modules()}
-    getters = ("get_encoder", "get_decoder") if _is_encoder_decoder(model) else ("get_decoder",)
-    halves = []
-    for getter in getters:
-        half = getattr(model, getter)()
-        if isinstance(half, nn.Module) and names.get(id(half)) and _outermost_lists(half, ""):
-            halves.append((names[id(half)], half))
-    return halves or [("", model)]
+    found: dict[str, tuple[str, nn.Module]] = {}
+    if isinstance(model, transformers.PreTrainedModel):
+        names = {id(module): name for name, module in model.named_modules()}
+        two = _is_encoder_decoder(model)
+        for half in ("encoder", "decoder") if two else ("decoder",):
+            part = getattr(model, f"get_{half}")()
+            if isinstance(part, nn.Module) and names.get(id(part)) and _outermost_lists(part, ""):
+                found[half if two else "text"] = (names[id(part)], part)
+    return found or {"whole": ("", model)}
 
 
 def _is_encoder_decoder(model: transformers.PreTrainedModel) -> bool:
@@ -215,10 +225,16 @@ def _found_in(part: nn.Module, prefix: str, model: nn.Module) -> list[BlockList]
             f"{type(model).__name__} has no list of blocks to cut: none is as long as a number in "
             f"its configuration or holds most of the parameters; found: {_listed(lists)}"
         )
-    path, blocks = max(fitting, key=lambda item: _num_parameters(item[1]))
+    depth = _depth(model)
+    path, blocks = max(fitting, key=lambda item: (len(item[1]) == depth, _num_parameters(item[1])))
     if _is_of_stages(blocks):
         stages = [_found_in_stage(stage, f"{path}.{i}") for i, stage in enumerate(blocks)]
         return [stage for stage in stages if stage is not None]
+    if depth is not None and len(lists) == 1 and len(blocks) == 1 < depth:
+        raise SplitError(
+            f"{type(model).__name__} runs the one block in {path} {depth} times over, so that none "
+            "can be dropped; blocks must have weights of their own, as in BERT or RoBERTa"
+        )
     parent = path.rpartition(".")[0]
     beside = [
         name
@@ -249,12 +265,12 @@ def _outermost_lists(
 
 
 def _is_of_stages(blocks: nn.Module) -> bool:
-    """Say whether no two members have the same tensors, and each has a list of its own inside."""
+    """Say whether each member has a list inside, and none is like another, or can be called."""
     members = list(blocks.children())
-    kinds = Counter(block_kind(member) for member in members)
+    pairs = itertools.combinations(map(_shapes, members), 2)
     return (
         len(members) > 1
-        and len(kinds) == len(members)
+        and (all(type(m) is nn.ModuleList for m in members) or not any(_alike(*p) for p in pairs))
         and all(_found_in_stage(member, "") is not None for member in members)
     )
 
@@ -269,9 +285,22 @@ def _found_in_stage(stage: nn.Module, path: str) -> BlockList | None:
     return BlockList((name.lstrip("."),), len(blocks))
 
 
-def block_kind(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return what tells blocks of several kinds apart: the names and shapes of their tensors."""
-    return tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in module.named_parameters()}
+
+
+def _alike(one: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> bool:
+    """Say whether the tensors that two members both have are of the same shapes."""
+    common = one.keys() & other.keys()
+    return bool(common) and all(one[name] == other[name] for name in common)
+
+
+def _depth(model: nn.Module) -> int | None:
+    """Return how many blocks the configuration says that text, or an image, passes through."""
+    if not isinstance(model, transformers.PreTrainedModel) or _is_encoder_decoder(model):
+        return None
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
 
 
 def _counts(config: Any) -> set[int]:

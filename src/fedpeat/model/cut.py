@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,97 +16,99 @@ from torch import nn
 
 from fedpeat.core.errors import SplitError
 from fedpeat.model.blocks import BlockList, Blocks
+from fedpeat.model.layers import LayerSpec, replace_layers
+from fedpeat.model.tracing import reshaping_blocks
 
 __all__ = [
     "build_from_blocks",
     "cut_in_place",
     "frozen",
     "only_blocks",
+    "reasons_to_keep",
     "required_blocks",
     "skeleton",
 ]
 
 Network = TypeVar("Network", bound=nn.Module)
 
-_COUNT = re.compile(r"layers?$|^num_blocks$")
+_COUNT = re.compile(r"layers?$|^num_(blocks|hidden_groups)$")
 _WHICH = re.compile(r"layers?$|layers?_(ids?|idxs?|indices)$")
 _INDEX = re.compile(r"^(layer|block)_(idx|id|index|number)$")
+_BY_INDEX = re.compile(r"^(layer|block)_(dic|dict|map)$")
 
 
 def required_blocks(
-    model: nn.Module, blocks: Blocks, batch: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module, blocks: Blocks, batch: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Return the blocks that nothing can stand in for.
-
-    These are the only ones of their kind in their list (the first block of T5, which computes the
-    position bias of all others; the one attention layer of a hybrid stack; the dense layer before
-    the experts), and those that share weights with another block, or keep the keys and values that
-    later blocks read (Gemma 3n and 4). A traced call shows those that change the shape of what
-    passes through them (the first of a stage of a convolutional network).
 
     Args:
         model: The full model.
         blocks: Its blocks.
         batch: Inputs to trace a call with; without them shapes are not looked at.
     """
-    required = []
+    return sorted(reasons_to_keep(model, blocks, batch))
+
+
+def reasons_to_keep(
+    model: nn.Module, blocks: Blocks, batch: Mapping[str, Any] | None = None
+) -> dict[int, str]:
+    """Return why nothing can stand in for a block, by block.
+
+    These are the only ones of their kind in their list (the first block of T5, which computes the
+    position bias of all others; the one attention layer of a hybrid stack; the one with full
+    attention among sliding windows; the dense layer before the experts), and those that share
+    weights with another block, or keep the keys and values that later blocks read (Gemma 3n and 4).
+    A traced call shows those that change the shape of what passes through them (the first of a
+    stage of a convolutional network).
+    """
+    alone = set()
     for item, start in blocks.starts:
-        kinds = [
-            tuple(
+        kinds = _kinds(model, item)
+        counts = Counter(kinds)
+        if len(counts) > 1:
+            alone |= {start + i for i, kind in enumerate(kinds) if counts[kind] == 1}
+    reshaping = reshaping_blocks(model, blocks, batch) if batch is not None else set()
+    found = {
+        "changes the shape": reshaping,
+        "is alone of its kind": alone,
+        "keeps keys and values for others": _lending_blocks(model, blocks),
+        "shares weights": _sharing_blocks(model, blocks),
+    }
+    return {index: reason for reason, indices in found.items() for index in indices}
+
+
+def _kinds(model: nn.Module, item: BlockList) -> list[tuple[object, ...]]:
+    """Return what tells the blocks of a list apart: their tensors, and the kinds they are given."""
+    given = [
+        value
+        for holder in _holders_of_settings(model, item)
+        for name, value in vars(holder).items()
+        if not _is_of_others(name, item) and _are_names(value, item.num_blocks)
+    ]
+    return [
+        (
+            *(
                 name
                 for path in item.paths
                 for name, _ in model.get_submodule(f"{path}.{i}").named_parameters()
-            )
-            for i in range(item.num_blocks)
-        ]
-        counts = Counter(kinds)
-        if len(counts) > 1:
-            required += [start + i for i, kind in enumerate(kinds) if counts[kind] == 1]
-    return sorted(
-        {
-            *required,
-            *_sharing_blocks(model, blocks),
-            *_lending_blocks(model, blocks),
-            *(_reshaping_blocks(model, blocks, batch) if batch is not None else ()),
-        }
-    )
-
-
-def _reshaping_blocks(
-    model: nn.Module, blocks: Blocks, batch: Mapping[str, torch.Tensor]
-) -> set[int]:
-    """Return the blocks whose output has another shape than their input, by a traced call."""
-    reshaping: set[int] = set()
-
-    def watch(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            came, left = _first_tensor(inputs), _first_tensor(output)
-            if came is not None and left is not None and came.shape != left.shape:
-                reshaping.add(index)
-
-        return hook
-
-    handles = [
-        blocks.parts(model, index)[0][1].register_forward_hook(watch(index))
-        for index in range(blocks.num_blocks)
-        if len(blocks.names(index)) == 1
+            ),
+            *(names[i] for names in given),
+        )
+        for i in range(item.num_blocks)
     ]
-    try:
-        with torch.inference_mode():
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return reshaping
 
 
-def _first_tensor(value: Any) -> torch.Tensor | None:
-    if isinstance(value, torch.Tensor):
-        return value
-    items = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(items, Iterable):
-        return None
-    return next((item for item in items if isinstance(item, torch.Tensor)), None)
+def _are_names(value: Any, number: int) -> bool:
+    """Say whether a setting names the kind of each block, such as sliding or full attention.
+
+    Names that are all different are no kinds.
+    """
+    return (
+        isinstance(value, list | tuple)
+        and all(isinstance(kind, str) for kind in value)
+        and len(set(value)) < len(value) == number
+    )
 
 
 def _lending_blocks(model: nn.Module, blocks: Blocks) -> set[int]:
@@ -170,10 +172,8 @@ def cut_in_place(model: nn.Module, blocks: Blocks, kept: Sequence[int]) -> Calla
                 change(holder, name, value)
         for owner, name, value in _cut_tables(model, item, members):
             change(owner, name, value)
-        for place, old in enumerate(members):
-            for path in item.paths:
-                for module, name in _index_attributes(model.get_submodule(f"{path}.{place}"), old):
-                    change(module, name, place)
+        for owner, name, value in _cut_indices(model, item, members):
+            change(owner, name, value)
 
     def put_back() -> None:
         for owner, name, value in reversed(undo):
@@ -206,6 +206,8 @@ def skeleton(
     blocks: Blocks,
     kept: Sequence[int],
     dtype: torch.dtype,
+    *,
+    layers: Sequence[LayerSpec] = (),
 ) -> transformers.PreTrainedModel:
     """Return a network with some blocks of a full model and no values in its parameters yet.
 
@@ -217,9 +219,10 @@ def skeleton(
         blocks: The full model's blocks.
         kept: Indices of the blocks to keep, rising.
         dtype: Type of the parameters.
+        layers: What was done to layers of the kept blocks and to those outside.
 
     Raises:
-        SplitError: If transformers has no such network, or it has other blocks.
+        SplitError: If transformers has no such network, or it has other blocks or layers.
     """
     kind = getattr(transformers, class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -231,12 +234,21 @@ def skeleton(
         model: transformers.PreTrainedModel = kind._from_config(config, dtype=dtype)  # noqa: SLF001 - there is no public name
     model.tie_weights()  # which emptying undid
     cut_in_place(model, blocks, kept)
+    replace_layers(model, layers)
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, meta in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(meta) not in filled:
                 filled[id(meta)] = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype))
             module.register_parameter(name, filled[id(meta)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                if name in module._non_persistent_buffers_set:  # noqa: SLF001 - there is no public name
+                    raise SplitError(
+                        f"{class_name} keeps {name}, made of its weights, in no file; an emulator "
+                        "of it cannot be rebuilt"
+                    )
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
     return model
 
 
@@ -257,24 +269,33 @@ def _sublist(whole: nn.Module, members: Sequence[int]) -> nn.Module:
 
 
 def _holders_of_settings(model: nn.Module, item: BlockList) -> list[Any]:
-    """Return the modules that a list is in, and their configurations, each once."""
+    """Return the modules that a list is in, and their configurations, each once.
+
+    What is outside of a stage counts stages, not blocks.
+    """
     names = item.paths[0].split(".")
+    stage = max((place for place, name in enumerate(names[:-1], 1) if name.isdigit()), default=0)
     holders: dict[int, Any] = {}
-    for depth in range(len(names)):
+    for depth in range(stage, len(names)):
         module = model.get_submodule(".".join(names[:depth]))
-        config = getattr(module, "config", None)
+        config = None if stage else getattr(module, "config", None)
         for holder in (module, config):
             if isinstance(holder, nn.Module | transformers.PretrainedConfig):
                 holders[id(holder)] = holder
     return list(holders.values())
 
 
+def _is_of_others(name: str, item: BlockList) -> bool:
+    """Say whether a setting is internal, or about the other half of an encoder-decoder."""
+    other = _other_half(item.paths[0])
+    return name.startswith("_") or name == "architectures" or bool(other and other in name)
+
+
 def _cut_settings(holder: Any, item: BlockList, members: Sequence[int]) -> dict[str, Any]:
     """Return the settings that say how many blocks there are, and what each is, for those kept."""
-    other = _other_half(item.paths[0])
     cut: dict[str, Any] = {}
     for name, value in vars(holder).items():
-        if name.startswith("_") or name == "architectures" or (other and other in name):
+        if _is_of_others(name, item):
             continue
         if isinstance(value, int) and value == item.num_blocks and _COUNT.search(name):
             cut[name] = len(members)
@@ -325,11 +346,22 @@ def _other_half(path: str) -> str | None:
     return "encoder" if "decoder" in path.split(".") else None
 
 
-def _index_attributes(block: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
-    """Return where a block and its parts keep the block's own index, which the cache goes by."""
-    return [
-        (module, name)
-        for module in block.modules()
-        for name, value in vars(module).items()
-        if _INDEX.match(name) and value == index and not isinstance(value, bool)
-    ]
+def _cut_indices(
+    model: nn.Module, item: BlockList, members: Sequence[int]
+) -> list[tuple[nn.Module, str, Any]]:
+    """Return where the kept blocks, already at their new places, keep indices, and the new ones.
+
+    A block and its parts keep its own, which the cache goes by; a block that runs at several places
+    (Zamba 2) keeps a table by index.
+    """
+    cut: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+    for place, old in enumerate(members):
+        for path in item.paths:
+            for module in model.get_submodule(f"{path}.{place}").modules():
+                for name, value in vars(module).items():
+                    if _INDEX.match(name) and value == old and not isinstance(value, bool):
+                        cut[id(module), name] = module, name, place
+                    elif _BY_INDEX.match(name) and isinstance(value, dict):
+                        by_place = {members.index(i): v for i, v in value.items() if i in members}
+                        cut[id(module), name] = module, name, by_place
+    return list(cut.values())

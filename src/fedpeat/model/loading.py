@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "LoadedModel",
     "fingerprint",
     "load_model",
+    "load_strictly",
     "load_tokenizer",
     "resolve_device",
     "resolve_dtype",
@@ -111,16 +113,57 @@ def load_model(
     where = resolve_device(device)
     location = _location(name)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    model, storage = load_strictly(
+        name,
+        lambda _: transformers.AutoModelForCausalLM,
+        revision=revision,
+        dtype=dtype,
+        device=where,
+        trust_remote_code=trust_remote_code,
+    )
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return LoadedModel(
+        model, tokenizer, name, location, storage, fingerprint(model), num_parameters
+    )
+
+
+def load_strictly(
+    name: str,
+    kind_of: Callable[[Any], Any],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[transformers.PreTrainedModel, torch.dtype]:
+    """Load a network; its weights and those in its safetensors file must be the same set.
+
+    Args:
+        name: Hub name, folder, or "bundled".
+        kind_of: Returns the class to load, given the configuration.
+        revision: Branch, tag or commit.
+        dtype: Type to compute in.
+        device: Device to compute on.
+        trust_remote_code: Whether the model may run code of its own.
+
+    Returns:
+        The network, frozen, and the type of the weights in its file.
+
+    Raises:
+        ModelError: If the model is missing, damaged, of another kind or has no safetensors file, or
+            if its file lacks weights or has some that the architecture does not know.
+    """
+    location = _location(name)
     try:
         config = transformers.AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind_of(config).from_pretrained(
             location,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            dtype=resolve_dtype(dtype, where),
+            dtype=resolve_dtype(dtype, device),
             output_loading_info=True,
         )
     except Exception as error:  # the Hub client, safetensors and transformers have their own kinds
@@ -131,11 +174,7 @@ def load_model(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(problem) or ())):
             raise ModelError(f"model {name!r} has {problem.replace('_', ' ')}: {keys[:5]}")
-    storage = getattr(config, "dtype", None) or torch.float32
-    model = frozen(model, where)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    sha256 = fingerprint(model)
-    return LoadedModel(model, tokenizer, name, location, storage, sha256, num_parameters)
+    return frozen(model, device), getattr(config, "dtype", None) or torch.float32
 
 
 def fingerprint(model: nn.Module) -> str:

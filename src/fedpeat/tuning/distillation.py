@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.data.packing import PackedText
 from fedpeat.tuning.evaluation import evaluate, evaluating
 from fedpeat.tuning.local import batch_rows
-from fedpeat.tuning.loss import autocast, batch_of, mean_loss
+from fedpeat.tuning.loss import autocast, batch_of, mean_loss_of_logits
 
 __all__ = [
     "DistillSettings",
     "Pair",
+    "Terms",
     "distill",
     "distillation_loss",
     "hidden_error",
+    "logit_divergence",
     "measure_fidelity",
 ]
 
@@ -31,24 +34,46 @@ Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
+class Terms:
+    """Weights of the terms of a distillation's loss; one of 0 switches off that term alone.
+
+    Attributes:
+        lm: Loss of the emulator as a language model.
+        hidden: Normalised error of the hidden states at the end of the middle.
+        logit: Divergence of the next-token distributions.
+        block: Mean of the hidden states' errors after each kept block of the middle.
+    """
+
+    lm: float = 0.0
+    hidden: float = 0.0
+    logit: float = 0.0
+    block: float = 0.0
+
+
+@dataclass(frozen=True)
 class DistillSettings:
-    """How an emulator is distilled; a weight of 0 switches off that term alone."""
+    """How an emulator is distilled."""
 
     num_tokens: int
-    lm_weight: float
-    hidden_weight: float
+    terms: Terms
     learning_rate: float
     batch_size: int
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A full model, its emulator, and the block in each after which hidden states should agree."""
+    """A full model, its emulator, and the blocks of each after which hidden states should agree.
+
+    Attributes:
+        teacher: The full model.
+        student: The emulator.
+        meetings: Pairs of a block of the full model and one of the emulator, in order; after the
+            last of them the two have the same blocks.
+    """
 
     teacher: nn.Module
     student: nn.Module
-    teacher_block: nn.Module
-    student_block: nn.Module
+    meetings: Sequence[tuple[nn.Module, nn.Module]]
 
 
 def hidden_error(
@@ -63,19 +88,38 @@ def hidden_error(
     return ((teacher.float() - student.float()) / rms).pow(2).mean()
 
 
-def distillation_loss(
-    pair: Pair, ids: Tensor, mask: Tensor, *, lm_weight: float, hidden_weight: float
+def logit_divergence(
+    teacher: Float[Tensor, "batch seq vocab"], student: Float[Tensor, "batch seq vocab"]
 ) -> Float[Tensor, ""]:
-    """Return lm_weight * LM + hidden_weight * hidden error of one batch."""
+    """Return the mean over positions of KL(teacher || student) [nat].
+
+    Source:
+        Hinton, Vinyals, Dean (2015), Distilling the knowledge in a neural network, at temperature
+        1.
+    """
+    wanted, got = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean()
+
+
+def distillation_loss(pair: Pair, ids: Tensor, mask: Tensor, terms: Terms) -> Float[Tensor, ""]:
+    """Return the weighted sum of the terms that are switched on, for one batch."""
     loss = torch.zeros((), device=ids.device)
-    with _captured(pair.student_block) as student_hidden:
-        lm_loss = mean_loss(pair.student, ids, mask)
-    if lm_weight:
-        loss = loss + lm_weight * lm_loss
-    if hidden_weight:
-        with torch.no_grad(), _captured(pair.teacher_block) as teacher_hidden:
-            pair.teacher(input_ids=ids, use_cache=False)
-        loss = loss + hidden_weight * hidden_error(teacher_hidden[0], student_hidden[0])
+    teacher_blocks, student_blocks = zip(*pair.meetings, strict=True)
+    with _captured(student_blocks) as student_states:
+        student_logits = pair.student(input_ids=ids, use_cache=False).logits
+    if terms.lm:
+        loss = loss + terms.lm * mean_loss_of_logits(student_logits, ids, mask)
+    if not (terms.hidden or terms.logit or terms.block):
+        return loss
+    with torch.no_grad(), _captured(teacher_blocks) as teacher_states:
+        teacher_logits = pair.teacher(input_ids=ids, use_cache=False).logits
+    errors = [hidden_error(t, s) for t, s in zip(teacher_states, student_states, strict=True)]
+    if terms.hidden:
+        loss = loss + terms.hidden * errors[-1]
+    if terms.block:
+        loss = loss + terms.block * torch.stack(errors).mean()
+    if terms.logit:
+        loss = loss + terms.logit * logit_divergence(teacher_logits, student_logits)
     return loss
 
 
@@ -126,13 +170,7 @@ def distill(
                 data, batch_rows(data.num_examples, settings.batch_size, step, seed), device
             )
             with autocast(pair.student, device):
-                loss = distillation_loss(
-                    pair,
-                    ids,
-                    mask,
-                    lm_weight=settings.lm_weight,
-                    hidden_weight=settings.hidden_weight,
-                )
+                loss = distillation_loss(pair, ids, mask, settings.terms)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
@@ -153,6 +191,7 @@ def measure_fidelity(pair: Pair, data: PackedText, batch_size: int) -> dict[str,
     """
     device = next(pair.student.parameters()).device
     errors = []
+    teacher_block, student_block = pair.meetings[-1]
     with (
         evaluating(pair.teacher),
         evaluating(pair.student),
@@ -162,7 +201,7 @@ def measure_fidelity(pair: Pair, data: PackedText, batch_size: int) -> dict[str,
         for start in range(0, data.num_examples, batch_size):
             rows = np.arange(start, min(start + batch_size, data.num_examples))
             ids, _ = batch_of(data, rows, device)
-            with _captured(pair.teacher_block) as teacher, _captured(pair.student_block) as student:
+            with _captured([teacher_block]) as teacher, _captured([student_block]) as student:
                 pair.teacher(input_ids=ids, use_cache=False)
                 pair.student(input_ids=ids, use_cache=False)
             errors.append(float(hidden_error(teacher[0], student[0])) * len(rows))
@@ -177,15 +216,16 @@ def _schedule(step: int, num_steps: int) -> float:
 
 
 @contextmanager
-def _captured(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that a block puts out."""
+def _captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that some blocks put out, in the order of the call."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = block.register_forward_hook(keep)
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

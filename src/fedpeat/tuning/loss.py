@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedpeat.data.packing import PackedText
 
-__all__ = ["autocast", "batch_of", "mean_loss", "token_losses"]
+__all__ = ["autocast", "batch_of", "mean_loss", "mean_loss_of_logits", "token_losses"]
 
 Batch = tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]
 
@@ -24,23 +24,34 @@ def batch_of(data: PackedText, rows: np.ndarray, device: torch.device) -> Batch:
 
 
 def token_losses(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq-1"]:
-    """Return the negative log-likelihood of every token but the first of its block [nat].
-
-    A soft prompt lengthens the output at the front; those positions are cut off.
-    """
-    logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
-    flat = cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
-    return flat.view(ids.shape[0], -1)
+    """Return the negative log-likelihood of every token but the first of its block [nat]."""
+    return _losses(model(input_ids=ids, use_cache=False).logits, ids)
 
 
 def mean_loss(
     model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
     """Return the mean over the tokens that count; 0 where none does."""
+    return mean_loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids, mask)
+
+
+def mean_loss_of_logits(
+    logits: Float[Tensor, "batch positions vocab"],
+    ids: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+) -> Float[Tensor, ""]:
+    """Return the same from what a model has put out."""
     wanted = mask[:, 1:]
-    return (token_losses(model, ids) * wanted).sum() / wanted.sum().clamp(min=1)
+    return (_losses(logits, ids) * wanted).sum() / wanted.sum().clamp(min=1)
+
+
+def _losses(
+    logits: Float[Tensor, "batch positions vocab"], ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq-1"]:
+    """Return every token's loss; a soft prompt makes positions at the front, which are cut off."""
+    predicting = logits[:, -ids.shape[1] : -1]
+    flat = cross_entropy(predicting.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return flat.view(ids.shape[0], -1)
 
 
 def autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[object]:
