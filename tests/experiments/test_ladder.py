@@ -27,6 +27,12 @@ LADDER: dict[str, Any] = {
 DISTILLED: dict[str, Any] = {
     "emulator": {"recipe": "layer_drop:0.75+distill:256", "distill_batch_size": 4}
 }
+COMPACT: dict[str, Any] = {
+    "emulator": {
+        "recipe": "layer_drop:0.75+low_rank:0.5+distill:256+int8",
+        "distill_batch_size": 4,
+    }
+}
 EVERYWHERE: dict[str, Any] = {"adapter": {"placement": "all"}}
 
 
@@ -58,7 +64,9 @@ def test_devices_of_three_rungs_tune_one_adapter(
     assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == quality["plug_in"]
 
 
-@pytest.mark.parametrize("changes", [{}, DISTILLED], ids=["as cut", "distilled"])
+@pytest.mark.parametrize(
+    "changes", [{}, DISTILLED, COMPACT], ids=["as cut", "distilled", "compact"]
+)
 def test_a_rungs_blocks_are_those_of_the_rung_above_it(
     changes: dict[str, Any], config: Config, tmp_path: Path
 ) -> None:
@@ -66,6 +74,8 @@ def test_a_rungs_blocks_are_those_of_the_rung_above_it(
     large, medium, small = rungs_of(tmp_path / "tiny").values()
     assert small.parts.keys() < medium.parts.keys() < large.parts.keys()
     assert [len(p.manifest.source_blocks) for p in (large, medium, small)] == [5, 4, 3]
+    for package in (large, medium, small):
+        package.build(torch.device("cpu"), torch.float32)
 
 
 def test_distillation_trains_every_middle_block_of_every_rung(
