@@ -167,6 +167,21 @@ def test_training_on_one_rung_leaves_no_trace_on_another(method: str) -> None:
     assert trained(late, small, state) == want
 
 
+def test_tuned_blocks_are_not_those_that_another_emulator_keeps_frozen() -> None:
+    config = AdapterConfig(method="none")
+    model = tiny_model("llama")
+    both, last = (Rung.of(packed(model, k), config, t) for k, t in ((LARGE, [0, 5]), (SMALL, [5])))
+    state = adapter(config, [0, 5])
+    alone, on = device(), new_shelf()
+    alone.handle("hold", hold(last, [both, last]))
+    want = trained(alone, last, of_blocks(state, [5]))
+    one, other = device(on), device(on, "b")
+    one.handle("hold", hold(both, [both, last]))
+    trained(one, both, state)
+    other.handle("hold", hold(last, [both, last]))
+    assert trained(other, last, of_blocks(state, [5])) == want
+
+
 def test_with_every_kept_block_tuned_a_rung_has_the_tensors_of_its_blocks() -> None:
     large, _, small = rungs = ladder()
     state = adapter()
