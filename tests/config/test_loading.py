@@ -420,6 +420,16 @@ def test_file_without_a_compare_part_means_the_usual_comparison(file: Path, cont
          "config key local.local_stepz; did you mean local.local_steps?"),
         ("{overrides: {fedpeat: {local: {local_steps: 0}}}}",
          "compare.overrides.fedpeat: local.local_steps must be at least 1, got 0"),
+        ("{methods: [smal], variants: {small: {}}}", "compare.methods[0] must be one of fedpeat, "
+         "fed_eat, fed_peft, fed_ft, centralized, local, zero_shot, small, got 'smal'; did you "
+         "mean small?"),
+        ("{variants: [small]}", "compare.variants must be a mapping, got ['small']"),
+        ("{variants: {fedpeat: {}}}", "compare.variants must be letters, digits and . _ + : -, not "
+         "the name of a method, got 'fedpeat'"),
+        ("{variants: {a/b: {}}}", "compare.variants must be letters, digits and . _ + : -, not "
+         "the name of a method, got 'a/b'"),
+        ("{variants: {small: {emulator: {recipe: cka:2}}}}", "compare.variants.small: "
+         "emulator.recipe 'cka:2', character 5: cka needs a ratio in (0, 1], got '2'"),
     ],
 )  # fmt: skip
 def test_comparison_that_cannot_run_to_its_end_is_refused_at_its_start(
@@ -436,3 +446,11 @@ def test_override_is_checked_against_the_settings_of_the_file(file: Path) -> Non
     file.write_text(yaml.safe_dump({"data": {"block_size": 256}, "compare": part}))
     with pytest.raises(ConfigError, match="at least one block, got 200"):
         load_plan(file)
+
+
+def test_a_variant_is_a_method_under_a_name_of_its_own(file: Path) -> None:
+    variants = {"small": {"emulator": {"recipe": "cka:0.25"}}}
+    part = {"methods": ["fedpeat", "small"], "variants": variants}
+    file.write_text(yaml.safe_dump({"compare": part}))
+    assert load_plan(file).variants == variants
+    assert load_plan(file, methods=["small"]).methods == ("small",)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
-from fedpeat.core.errors import AdapterError, ConfigError
+from fedpeat.core.errors import AdapterError, ConfigError, FedPEATError
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments import bench
 from fedpeat.experiments.emulators import make_emulators
@@ -24,6 +24,7 @@ from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.export import export_adapter
 from fedpeat.experiments.results import gap_closed
 from fedpeat.experiments.run import run
+from outcomes import lines_of
 from tiny import tiny_settings
 
 METHODS = ["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "zero_shot"]
@@ -32,10 +33,6 @@ METHODS = ["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "
 @pytest.fixture
 def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
     return config_from_dict(tiny_settings(model_dir, corpus_file, tmp_path))
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_the_folder_that_the_readme_promises(config: Config, tmp_path: Path) -> None:
@@ -152,6 +149,46 @@ def test_every_adapter_and_placement_survives_the_trip_to_disk(
     }
     summary = run(override(config, changes))
     assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == summary["quality"]["plug_in"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "placement"),
+    [
+        ("int8", "all"),
+        ("low_rank:0.5+int4", "all"),
+        ("greedy:0.5+width:0.5+distill:640+int8", "ends"),
+    ],
+)
+def test_a_federation_runs_on_every_kind_of_emulator(
+    config: Config, tmp_path: Path, recipe: str, placement: str
+) -> None:
+    changes = {
+        "emulator": {"recipe": recipe},
+        "adapter": {"placement": placement},
+        "federated": {"num_rounds": 1},
+    }
+    summary = run(override(config, changes))
+    statuses = [p["status"] for p in lines_of(tmp_path / "tiny")[-1]["participants"]]
+    assert statuses == ["accepted"] * 5
+    assert summary["quality"]["emulator_zero_shot"] != summary["quality"]["full_zero_shot"]
+    assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == summary["quality"]["plug_in"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"emulator": {"recipe": "width:0.5"}, "adapter": {"placement": "all"}}, "must be ends"),
+        (
+            {"emulator": {"recipe": "int8"}, "adapter": {"method": "none"}},
+            "lora works on top of int8",
+        ),
+    ],
+)
+def test_an_emulator_that_the_adapter_does_not_fit_is_refused(
+    config: Config, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FedPEATError, match=message):
+        run(override(config, changes))
 
 
 def test_merged_export_is_a_model_of_its_own_with_the_same_quality(

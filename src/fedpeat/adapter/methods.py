@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.layers import FewBits
 
 __all__ = ["METHODS", "AttachMethod"]
 
@@ -105,7 +106,12 @@ def attach_blocks(
     """Tune whole blocks (EAT), kept in float32 so that small steps are not rounded away."""
     del config
     for index in tuned:
-        for _, part in blocks.parts(model, index):
+        for name, part in blocks.parts(model, index):
+            if any(isinstance(module, FewBits) for module in part.modules()):
+                raise AdapterError(
+                    f"adapter.method none tunes whole blocks, and {name} is stored in few bits; "
+                    "lora works on top of int8 and int4"
+                )
             part.float().requires_grad_(True)
     return model
 

@@ -124,8 +124,9 @@ def _convert(hint: Any, value: object, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, name)
-    if origin is Literal:
-        return _convert_literal(args, value, name)
+    if origin in (Mapping, Literal):
+        is_choice = origin is Literal
+        return _convert_literal(args, value, name) if is_choice else _require_mapping(value, name)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, got {value!r}")
@@ -173,26 +174,37 @@ def load_plan(
     }
     try:
         merged = dict(_require_mapping({} if part is None else part, "compare")) | given
-        overrides = merged.pop("overrides", None)
-        plan = _build(ComparisonPlan, merged, prefix="compare.")
+        config = load_config(path)
+        methods = list(get_args(Method))
+        overrides = _part(merged, "overrides")
+        for method in overrides:
+            if method not in methods:
+                raise ConfigError(_unknown_key(str(method), methods, "compare.overrides."))
+        variants = _part(merged, "variants")
+        _check_changes(config, overrides, "compare.overrides")
+        _check_changes(config, variants, "compare.variants")
+        named = {str(name): own for name, own in variants.items()}
+        if isinstance(merged.get("methods"), list):
+            for place, method in enumerate(merged["methods"]):
+                _convert_literal((*methods, *named), method, f"compare.methods[{place}]")
+        merged |= {"overrides": overrides, "variants": named}
+        return _build(ComparisonPlan, merged, prefix="compare.")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    checked = _checked_overrides(load_config(path), {} if overrides is None else overrides, path)
-    return dataclasses.replace(plan, overrides=checked)
 
 
-def _checked_overrides(config: Config, overrides: object, path: str | Path) -> Mapping[str, Any]:
+def _part(plan: Mapping[str, Any], name: str) -> Mapping[Any, Any]:
+    part = plan.get(name)
+    return _require_mapping({} if part is None else part, f"compare.{name}")
+
+
+def _check_changes(config: Config, changes: Mapping[Any, Any], place: str) -> None:
     """Check each method's settings now, and not hours later when its turn comes."""
-    methods = list(get_args(Method))
-    checked = _require_mapping(overrides, f"{path}: compare.overrides")
-    for method, changes in checked.items():
-        if method not in methods:
-            raise ConfigError(f"{path}: {_unknown_key(str(method), methods, 'compare.overrides.')}")
+    for name, own in changes.items():
         try:
-            override(config, _require_mapping(changes, "an override"))
+            override(config, _require_mapping(own, "an override"))
         except ConfigError as error:
-            raise ConfigError(f"{path}: compare.overrides.{method}: {error}") from error
-    return checked
+            raise ConfigError(f"{place}.{name}: {error}") from error
 
 
 def _require_mapping(data: object, name: str) -> Mapping[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -587,18 +588,27 @@ class Config:
 class ComparisonPlan:
     """What a comparison runs."""
 
-    methods: tuple[Method, ...] = ("zero_shot", "local", "fedpeat", "fed_peft")
-    """Methods, each at the same token budget."""
+    methods: tuple[str, ...] = ("zero_shot", "local", "fedpeat", "fed_peft")
+    """Methods and variants, each at the same token budget."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each method runs once with each."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings that a method needs otherwise (a learning rate, say), by method, nested as in a
     config file."""
+    variants: Mapping[str, Any] = field(default_factory=dict)
+    """Methods with settings of their own under names of their own (another emulator, say), nested
+    as in a config file, with a "method" where it is not the file's."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)
-        for method in self.methods:
-            _require_choice("compare.methods", Method, method)
+        names = [*get_args(Method), *self.variants]
+        for place, method in enumerate(self.methods):
+            allowed = f"one of {', '.join(names)}"
+            _require(method in names, f"compare.methods[{place}]", allowed, method)
+        for name in self.variants:
+            fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+:-]*", name) is not None
+            allowed = "letters, digits and . _ + : -, not the name of a method"
+            _require(fits and name not in get_args(Method), "compare.variants", allowed, name)
         _require(len(self.seeds) > 0, "compare.seeds", "at least one seed", self.seeds)
         for seed in self.seeds:
             _require_not_negative("compare.seeds", seed)

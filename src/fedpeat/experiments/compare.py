@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeat.config.loading import config_to_yaml, override
-from fedpeat.config.schema import ComparisonPlan, Config, Method
+from fedpeat.config.schema import ComparisonPlan, Config
 from fedpeat.core.errors import AggregationError
 from fedpeat.core.run_folder import clean_json, storage_errors, write_atomically
 from fedpeat.experiments.observer import Observer, Silent
@@ -21,7 +21,7 @@ from fedpeat.report.comparison import comparison_markdown, write_comparison
 
 __all__ = ["compare"]
 
-QUALITIES = ("full_zero_shot", "emulator_tuned", "plug_in")
+QUALITIES = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
 COSTS = ("bytes_down", "bytes_up", "peak_rss_bytes", "wall_seconds", "num_tokens")
 
 
@@ -32,7 +32,7 @@ def compare(
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> tuple[Path, str]:
-    """Run a comparison; what an earlier, interrupted one finished is not run again.
+    """Run methods and variants of them; what an earlier, interrupted one finished is not run again.
 
     Each run has a process of its own, so that its peak memory is its own. ``gap_closed`` compares
     with fed_peft of the same seed, if it is among the methods.
@@ -48,7 +48,7 @@ def compare(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     runs = [(method, seed) for method in plan.methods for seed in plan.seeds]
-    summaries: dict[tuple[Method, int], dict[str, Any]] = {}
+    summaries: dict[tuple[str, int], dict[str, Any]] = {}
     for done, (method, seed) in enumerate(runs):
         observer.progress("comparison", done, len(runs), f"{method}, seed {seed}")
         settings = _settings_of(config, plan, method, seed, folder)
@@ -65,15 +65,16 @@ def compare(
 
 
 def _settings_of(
-    config: Config, plan: ComparisonPlan, method: Method, seed: int, folder: Path
+    config: Config, plan: ComparisonPlan, name: str, seed: int, folder: Path
 ) -> Config:
-    changed = override(config, plan.overrides.get(method, {}))
+    """Return the settings of a run; a name that is no variant's is a method's."""
+    changes = plan.variants.get(name, {"method": name, **plan.overrides.get(name, {})})
+    changed = override(config, changes)
     evaluation = replace(changed.evaluation, full_tuned=False)
     return replace(
         changed,
-        method=method,
         seed=seed,
-        name=f"{method}-seed{seed}",
+        name=f"{name}-seed{seed}",
         output_dir=str(folder),
         evaluation=evaluation,
     )
@@ -102,7 +103,7 @@ def _run_in_process(config: Config, *, overwrite: bool) -> dict[str, Any]:
 
 
 def _table(
-    plan: ComparisonPlan, summaries: Mapping[tuple[Method, int], dict[str, Any]]
+    plan: ComparisonPlan, summaries: Mapping[tuple[str, int], dict[str, Any]]
 ) -> dict[str, Any]:
     rows = []
     for method in plan.methods:
@@ -111,6 +112,7 @@ def _table(
         row |= {name: [s["quality"][name] for s in own] for name in QUALITIES}
         row |= {name: [s["cost"][name] for s in own] for name in COSTS}
         row["gap_closed"] = [_gap(s, summaries.get(("fed_peft", s["seed"]))) for s in own]
+        row["emulator_bytes"] = [(s["emulator"] or {}).get("num_bytes") for s in own]
         row["bits_per_byte"] = [s["quality"]["bits_per_byte"]["plug_in"] for s in own]
         rows.append(row)
     return {"schema": 1, "metric": "perplexity", "num_seeds": len(plan.seeds), "rows": rows}

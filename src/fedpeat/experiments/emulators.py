@@ -204,6 +204,11 @@ def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    if not piece.ladder.tuned:
+        raise EmulatorError(
+            f"emulator.recipe {step} would leave out neurons of blocks that the adapter sits on; "
+            "adapter.placement must be ends or top, got all; low_rank, int8 and int4 work with all"
+        )
     ladder = piece.ladder
     return leave_out_neurons(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
 
