@@ -168,6 +168,29 @@ def test_nothing_to_compress_is_refused() -> None:
         choose_blocks(Step("layer_drop", 0.5), model, blocks, range(6), [])
 
 
+def test_share_that_drops_nothing_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(EmulatorError, match="layer_drop:0.5 leaves all 6, since it keeps one"):
+        choose_blocks(Step("layer_drop", 0.5), model, find_blocks(model), [0, 1, 2, 3, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("influence", False), ("cka", True), ("layer_drop", False)]
+)
+def test_blocks_that_text_does_not_pass_through_have_no_states(name: str, *, refused: bool) -> None:
+    config = transformers.MllamaTextConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=2, cross_attention_layers=[1, 3], pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MllamaForCausalLM(config).eval().requires_grad_(False)
+    blocks, step = find_blocks(model), Step(name, 0.5)
+    if refused:
+        with pytest.raises(EmulatorError, match=r"cka compares .*; \[1, 3\] do not run for text"):
+            choose_blocks(step, model, blocks, [0, 5], batches())
+    else:
+        assert len(choose_blocks(step, model, blocks, [0, 5], batches())) == 4
+
+
 def test_loss_of_a_network_that_gives_none_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(EmulatorError, match="gives no loss for .*input_ids"):

@@ -14,6 +14,7 @@ from fedpeat.core.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
+    "AuditPlan",
     "ComparisonPlan",
     "Config",
     "Cut",
@@ -612,3 +613,41 @@ class ComparisonPlan:
         _require(len(self.seeds) > 0, "compare.seeds", "at least one seed", self.seeds)
         for seed in self.seeds:
             _require_not_negative("compare.seeds", seed)
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """How an emulator is attacked, to see how much of the model it gives away."""
+
+    public_text: str | None = None
+    """Text that the attacker has: stdlib, a path or a Hub dataset as in data.source, or "server"
+    for the text that the run's server has."""
+    public_subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    public_split: str = "train"
+    """Split of a Hub dataset."""
+    public_field: str = "text"
+    """Field with the text."""
+    num_tokens: int = 200_000
+    """Tokens that each attack trains on."""
+    batch_size: int = 8
+    """Blocks in a batch of an attack."""
+    learning_rates: tuple[float, ...] = (3e-4, 3e-3)
+    """Peak learning rates; each attack is made with each, and the best outcome counts."""
+    seed: int = 0
+    """Seed of batches and of random networks."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.public_text),
+            "--public-text",
+            "the attacker's text: a file, a folder, stdlib, a Hub dataset, or server for the text "
+            "that the run's server has",
+            self.public_text,
+        )
+        _require(self.num_tokens >= 1, "--budget", "at least 1", self.num_tokens)
+        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
+        for rate in self.learning_rates:
+            _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)

@@ -20,6 +20,7 @@ from fedpeat.core.wire import Payload, decode
 from fedpeat.data.federation import FederatedText, load_federated_text
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulators, rung_name
+from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
@@ -207,7 +208,14 @@ def _emulators(
             return packages
     protected = [] if config.adapter.placement == "all" else tuned
     packages = make_emulators(
-        loaded, blocks, protected, config.emulator, text, seed=config.seed, observer=observer
+        loaded,
+        blocks,
+        protected,
+        config.emulator,
+        text,
+        seed=config.seed,
+        observer=observer,
+        probe=Probe.of(config),
     )
     for name in reversed(names):
         packages[name].save(paths[name])

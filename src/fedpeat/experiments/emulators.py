@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import transformers
 
 from fedpeat.config.recipe import Recipe, Step, parse_recipe
 from fedpeat.config.schema import EmulatorConfig
@@ -18,6 +19,7 @@ from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_rungs
 from fedpeat.emulator.width import leave_out_neurons
+from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreement
 from fedpeat.experiments.ladder import Ladder
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
@@ -65,6 +67,7 @@ def make_emulators(
     *,
     seed: int,
     observer: Observer,
+    probe: Probe | None = None,
 ) -> dict[str, EmulatorPackage]:
     """Return the emulators of a model by the names of their rungs, the largest first.
 
@@ -79,6 +82,7 @@ def make_emulators(
         text: The server's text is used to distil, the validation split to measure.
         seed: Seed of distillation.
         observer: Is told the progress, and what fidelity the budget bought.
+        probe: The adapter that the emulator is for, to measure its gradients; None leaves that out.
 
     Raises:
         EmulatorError: If there is nothing to compress, or no text to distil on.
@@ -122,7 +126,39 @@ def make_emulators(
                 parent_sha256=loaded.sha256,
             )
         packages[name] = package.with_fidelity(fidelity[name])
+    if top.is_full or probe is None:
+        return packages
+    for name, package in packages.items():
+        agreement = _agreement(loaded.model, ladder, name, package, text, probe, seed)
+        observer.message(agreement_line(agreement))
+        packages[name] = package.with_fidelity({**fidelity[name], **agreement})
     return packages
+
+
+def _agreement(
+    model: transformers.PreTrainedModel,
+    ladder: Ladder,
+    name: str,
+    package: EmulatorPackage,
+    text: FederatedText,
+    probe: Probe,
+    seed: int,
+) -> dict[str, float]:
+    """Return how what devices build from a rung's bytes agrees with the full model."""
+    computed, kept = next(model.parameters()), list(ladder.kept[name])
+    student = package.build(computed.device, computed.dtype)
+    with replace(ladder, student=student, kept={name: kept}).rung(name) as pair:
+        return measure_agreement(
+            model,
+            student,
+            pair.meetings,
+            ladder.blocks,
+            kept,
+            sorted(ladder.tuned) or kept,
+            text,
+            probe,
+            seed=seed,
+        )
 
 
 def _fidelity(ladder: Ladder, text: FederatedText) -> dict[str, dict[str, float]]:

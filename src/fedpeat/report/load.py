@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeat.core.errors import DataError
+from fedpeat.report.audit import load_audit
 from fedpeat.report.fields import Fields, parse_object, read_text
 from fedpeat.report.records import (
     METRICS,
@@ -79,6 +80,7 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         rounds=rounds,
         summary=summary,
         reference=reference,
+        audit=load_audit(folder),
         notes=lines.notes() if lines else (),
     )
 
@@ -210,8 +212,12 @@ def _quality(fields: Fields) -> Quality:
 def _emulator(fields: Fields | None) -> EmulatorFacts | None:
     if fields is None:
         return None
+    fidelity = fields.child("fidelity")
     return EmulatorFacts(
-        fields.text("recipe"), fields.amount("num_parameters"), fields.amount("num_bytes")
+        fields.text("recipe"),
+        fields.amount("num_parameters"),
+        fields.amount("num_bytes"),
+        {name: fidelity.number(name) for name in fidelity.values} if fidelity else {},
     )
 
 
