@@ -55,6 +55,13 @@ class Tunable:
         return next(iter(self.parameters.values())).device
 
     @property
+    def network(self) -> nn.Module:
+        """The network itself, with the adapter in its layers."""
+        if isinstance(self.model, peft.PeftModel):
+            return self.model.get_base_model()
+        return self.model
+
+    @property
     def num_parameters(self) -> int:
         """Number of tuned parameters."""
         return sum(p.numel() for p in self.parameters.values())

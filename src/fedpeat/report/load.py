@@ -169,6 +169,8 @@ def _participation(fields: Fields) -> Participation:
         seconds=fields.amount("seconds"),
         bytes_down=fields.amount("bytes_down"),
         bytes_up=fields.amount("bytes_up"),
+        rung=fields.text("rung"),
+        bytes_emulator=fields.amount("bytes_emulator"),
     )
 
 

@@ -55,6 +55,10 @@ class Participation:
     seconds: float | None = None
     bytes_down: float | None = None
     bytes_up: float | None = None
+    rung: str = ""
+    """The emulator that it tuned on."""
+    bytes_emulator: float | None = None
+    """The part of bytes_down that brought it that emulator."""
 
     @property
     def key(self) -> tuple[str, str]:
