@@ -15,12 +15,14 @@ from fedpeat.adapter.lora import Part, part_of
 from fedpeat.control.fixed import FixedController
 from fedpeat.core.records import Reply, RoundObservation, RoundPlan, Transport
 from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.emulator.parts import short
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
-from fedpeat.federated.rounds import Federation, FederationState, Rung, ServerTraining
+from fedpeat.federated.rounds import Federation, FederationState, ServerTraining
 from fedpeat.federated.screening import Limits
+from fedpeat.federated.shelf import Rung
 from fedpeat.tuning.local import LocalSettings
 
-RUNG = Rung(sha256="e" * 64, hold_message=b"the emulator's bytes" * 50)
+RUNG = Rung("e" * 64, {"f" * 64: b"the emulator's bytes" * 50}, {"emulator": "e" * 64})
 Script = Callable[[bytes], Reply | None]
 
 
@@ -36,18 +38,19 @@ class FakeDevice:
     delta: float = 1.0
     num_examples: int = 10
     held: set[str] = field(default_factory=set)
+    parts: set[str] = field(default_factory=set)
 
     def answer(self, kind: str, content: bytes) -> bytes:
         if kind == "hello":
-            return encode(
-                Payload(record={"num_examples": self.num_examples, "held": sorted(self.held)})
-            )
+            held = {"held": sorted(self.held), "emulator_parts": sorted(self.parts)}
+            return encode(Payload(record={"num_examples": self.num_examples, **held}))
+        message = decode(content)
         if kind == "hold":
-            assert content == RUNG.hold_message
-            self.held.add(RUNG.sha256)
-            return encode(Payload(record={"held": RUNG.sha256}))
-        assert RUNG.sha256 in self.held, "asked to train without an emulator"
-        return encode(update_of(decode(content), self.delta, self.num_examples))
+            self.held.add(message.record["emulator"])
+            self.parts |= {short(sha256) for sha256 in message.arrays}
+            return encode(Payload(record={"held": message.record["emulator"]}))
+        assert message.record["emulator"] in self.held, "asked to train without an emulator"
+        return encode(update_of(message, self.delta, self.num_examples))
 
 
 def update_of(task: Payload, delta: float, num_examples: int = 10, **changes: Any) -> Payload:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
+from fedpeat.data.images import ImageInputs, ImageSet
 from fedpeat.data.packing import PackedText
 from fedpeat.model.cut import frozen
 
@@ -128,6 +129,16 @@ def drawn_image(number: int, rng: np.random.Generator, side: int = IMAGE_SIZE) -
     parts = (np.s_[:, middle - 1 : middle + 1], np.s_[1:3, 1:3], np.s_[middle:, :])
     pixels[parts[number]] += 150
     return pixels
+
+
+def random_images(num_images: int = 8, seed: int = 0) -> ImageSet:
+    """Return noisy pictures of the classes in turn, as ``tiny_vit`` takes them."""
+    rng = np.random.default_rng(seed)
+    classes = np.arange(num_images) % len(CLASSES)
+    pixels = tuple(drawn_image(number, rng)[None] for number in classes.tolist())
+    return ImageSet(
+        pixels, np.ones(num_images, np.bool_), classes, ImageInputs(tiny_processor(), 1)
+    )
 
 
 def write_images(folder: Path, per_class: int, side: int = IMAGE_SIZE, seed: int = 0) -> Path:

@@ -259,6 +259,14 @@ def test_product_error_worked_by_hand() -> None:
     assert product_error([one, other], [0.5, 0.5]) == pytest.approx(0.2)
 
 
+def test_product_error_of_a_pair_is_over_those_who_have_it() -> None:
+    # as above, and a second pair, of product 3, that only a third participant has
+    one, other = pair_of_numbers(2.0, 1.0), pair_of_numbers(6.0, 3.0)
+    third = {f"second.{name}": a for name, a in pair_of_numbers(3.0, 1.0).items()}
+    error = product_error([one, other, third], [0.25, 0.25, 0.5])
+    assert error == pytest.approx((4 / (100 + 9)) ** 0.5)
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_product_error_vanishes_where_one_factor_is_the_same_for_all(part: str) -> None:
     same = {n: a for n, a in pairs_of(3, 9).items() if part in n}

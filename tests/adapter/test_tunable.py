@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from fedpeat.adapter.lora import part_of, truncated
 from fedpeat.adapter.placement import tuned_blocks
@@ -246,6 +247,34 @@ def test_merged_model_gives_the_plug_ins_logits(method: str) -> None:
     full.load(changed(full))
     expected = full.model(input_ids=ids).logits
     torch.testing.assert_close(full.merged()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class Strided(nn.Module):
+    """Two convolutions, whose stride is read from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)[:, :, :: block.stride[0]]  # type: ignore[index]
+        return x
+
+
+def test_settings_of_a_tuned_layer_can_still_be_read() -> None:
+    network, x = Strided(), torch.randn(1, 2, 4, 4)
+    expected = network(x)
+    tunable = attach(network, find_blocks(network), [0, 1], METHODS["lora"])
+    torch.testing.assert_close(tunable.model(x), expected)
+
+
+def test_lora_on_blocks_without_linear_layers_is_refused_with_what_would_work() -> None:
+    network = nn.Sequential()
+    network.blocks = nn.ModuleList(nn.LayerNorm(2) for _ in range(2))
+    message = "tuned blocks of Sequential have only LayerNorm; adapter.method none tunes whole"
+    with pytest.raises(AdapterError, match=message):
+        attach(network, find_blocks(network), [0, 1], METHODS["lora"])
 
 
 def test_a_prompt_cannot_be_merged() -> None:

@@ -36,6 +36,10 @@ def changed(*args: str, base: Config | None = None) -> Config:
         ("--adapter.target-modules q v", {"adapter": {"target_modules": ["q", "v"]}}),
         ("--adapter.target-modules", {"adapter": {"target_modules": []}}),
         (
+            "--emulator.lower-rungs 0.3 0.1 --federated.client-rungs 0.5 0.1",
+            {"emulator": {"lower_rungs": [0.3, 0.1]}, "federated": {"client_rungs": [0.5, 0.1]}},
+        ),
+        (
             "--federated.lora-aggregation svd --federated.client-ranks 4 2",
             {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 2]}},
         ),

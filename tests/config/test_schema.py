@@ -52,6 +52,9 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "local.weight_decay": ([-0.1], [0.0]),
     "local.max_grad_norm": ([-1.0], [0.0]),
     "local.proximal_mu": ([-0.1], [0.0]),
+    "server.realign_every": ([-1], [0]),
+    "server.realign_tokens": ([0], [1]),
+    "server.realign_rank": ([-1], [0]),
     "server.server_steps": ([0], [1, None]),
     "server.weight_ratio": ([-0.1, 1.0], [0.0, 0.99, None]),
     "federated.num_rounds": ([-1], [0]),
@@ -191,6 +194,51 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             {"federated": {"lora_aggregation": "svd", "server_learning_rate": 0.5}},
             "federated.server_learning_rate must be 1 for federated.lora_aggregation 'svd', "
             "got 0.5",
+        ),
+        (
+            {"emulator": {"recipe": "layer_drop:0.5", "lower_rungs": [0.5]}},
+            "emulator.lower_rungs must be falling, below 0.5 and above 0, got (0.5,)",
+        ),
+        (
+            {"emulator": {"lower_rungs": [0.2, 0.3]}},
+            "emulator.lower_rungs must be falling, below 0.5 and above 0, got (0.2, 0.3)",
+        ),
+        (
+            {"emulator": {"lower_rungs": [0.0]}},
+            "emulator.lower_rungs must be falling, below 0.5 and above 0, got (0.0,)",
+        ),
+        (
+            {"emulator": {"recipe": "full", "lower_rungs": [0.5]}},
+            "emulator.lower_rungs must be empty for a recipe that chooses no blocks, got (0.5,)",
+        ),
+        (
+            {"emulator": {"lower_rungs": [0.25]}, "federated": {"client_rungs": [0.5, 0.3]}},
+            "federated.client_rungs must be rungs of the ladder (0.5, 0.25), got 0.3",
+        ),
+        (
+            {"adapter": {"method": "none", "placement": "all"}, "server": {"realign_every": 2}},
+            "server.realign_every must be 0 for adapter.method 'none' with placement 'all', which "
+            "leaves nothing to align, got 2",
+        ),
+        (
+            {"server": {"realign_every": 1, "realign_tokens": 1000}},
+            "server.realign_tokens must be at least 1024, a batch of emulator.distill_batch_size "
+            "blocks, got 1000",
+        ),
+        (
+            {
+                "server": {"realign_every": 1},
+                "emulator": {"distill_lm_weight": 0.0, "distill_hidden_weight": 0.0},
+            },
+            "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
+        ),
+        (
+            {
+                "server": {"realign_every": 1, "realign_rank": 0},
+                "emulator": {"recipe": "layer_drop:0.5+int8"},
+            },
+            "server.realign_rank must be above 0 for a recipe with int8 or int4, whose weights "
+            "cannot be trained, got 0",
         ),
         (
             {"federated": {"lora_aggregation": "rolora", "client_ranks": [4]}},

@@ -37,6 +37,20 @@ def test_everyone_gets_the_same_rung_and_steps() -> None:
     assert plan.server_steps == 3
 
 
+def test_a_device_gets_its_own_rung_whoever_else_is_there() -> None:
+    own = {"c000": "small", "c002": "large", "c009": "small"}
+    some = FixedController(
+        rung="medium",
+        fraction_train=1.0,
+        local_steps=5,
+        server_steps=3,
+        seed=0,
+        client_rungs=own,
+    )
+    plans = some.plan(observation(4)).cohort
+    assert [plan.rung for plan in plans] == ["small", "medium", "large", "medium"]
+
+
 @pytest.mark.parametrize(
     ("fraction", "num_clients", "want"),
     [(1.0, 7, 7), (0.5, 10, 5), (0.3, 10, 3), (0.26, 10, 3), (0.01, 10, 1), (0.001, 1, 1)],

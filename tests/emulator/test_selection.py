@@ -17,7 +17,7 @@ from fedpeat.emulator.cka import clusters_of_blocks, linear_cka
 from fedpeat.emulator.gradient import gradient_scores
 from fedpeat.emulator.greedy import removal_order
 from fedpeat.emulator.influence import block_influence
-from fedpeat.emulator.selection import SELECTIONS, choose_blocks
+from fedpeat.emulator.selection import SELECTIONS, choose_blocks, choose_rungs
 from fedpeat.model.blocks import Blocks, find_blocks
 from fedpeat.model.cut import only_blocks
 from tiny import random_ids, tiny_model
@@ -168,7 +168,65 @@ def test_nothing_to_compress_is_refused() -> None:
         choose_blocks(Step("layer_drop", 0.5), model, blocks, range(6), [])
 
 
+def test_share_that_drops_nothing_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(EmulatorError, match="layer_drop:0.5 leaves all 6, since it keeps one"):
+        choose_blocks(Step("layer_drop", 0.5), model, find_blocks(model), [0, 1, 2, 3, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("influence", False), ("cka", True), ("layer_drop", False)]
+)
+def test_blocks_that_text_does_not_pass_through_have_no_states(name: str, *, refused: bool) -> None:
+    config = transformers.MllamaTextConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=2, cross_attention_layers=[1, 3], pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MllamaForCausalLM(config).eval().requires_grad_(False)
+    blocks, step = find_blocks(model), Step(name, 0.5)
+    if refused:
+        with pytest.raises(EmulatorError, match=r"cka compares .*; \[1, 3\] do not run for text"):
+            choose_blocks(step, model, blocks, [0, 5], batches())
+    else:
+        assert len(choose_blocks(step, model, blocks, [0, 5], batches())) == 4
+
+
 def test_loss_of_a_network_that_gives_none_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(EmulatorError, match="gives no loss for .*input_ids"):
         mean_loss_of(model, [{"input_ids": random_ids()}])
+
+
+# --- ladders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_each_rung_has_some_of_the_blocks_of_the_one_above_it(name: str) -> None:
+    model, blocks = with_idle_blocks([])
+    steps = [Step(name, ratio) for ratio in (0.75, 0.5, 0.25)]
+    large, medium, small = choose_rungs(steps, model, blocks, [0, 5], batches())
+    assert [len(large), len(medium), len(small)] == [5, 4, 3]
+    assert {0, 5} < set(small) < set(medium) < set(large)
+    assert large == choose_blocks(steps[0], model, blocks, [0, 5], batches())
+    assert model.config.num_hidden_layers == 6  # the network is whole again
+
+
+def test_a_lower_rung_is_chosen_in_the_network_of_the_one_above_it() -> None:
+    model, blocks = with_idle_blocks([2, 3])
+    steps = [Step("influence", 0.75), Step("influence", 0.5)]
+    large, medium = choose_rungs(steps, model, blocks, [0, 5], batches())
+    assert set(range(6)) - set(medium) == {2, 3}
+    with only_blocks(model, blocks, large):
+        inner = blocks.select(large)
+        scores = block_influence(model, inner, range(1, 4), batches())
+    dropped = min(scores, key=scores.__getitem__)
+    assert medium == [i for i in large if i != large[dropped]]
+
+
+def test_a_rung_that_would_be_the_one_above_it_is_refused() -> None:
+    model, blocks = with_idle_blocks([])
+    steps = [Step("layer_drop", 0.5), Step("layer_drop", 0.5)]
+    with pytest.raises(
+        EmulatorError, match="layer_drop:0.5 keeps as many blocks as the rung above"
+    ):
+        choose_rungs(steps, model, blocks, [0, 5], [])

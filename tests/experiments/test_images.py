@@ -115,6 +115,16 @@ def test_the_emulators_fidelity_is_told_in_accuracy(
     assert fidelity["hidden_error"] < fidelity["hidden_error_before"]
 
 
+def test_the_emulator_is_compared_with_the_full_model_and_its_gradients(
+    finished: tuple[Config, dict[str, Any]],
+) -> None:
+    fidelity = finished[1]["emulator"]["fidelity"]
+    shares = ("hidden_relative_error", "hidden_cosine", "top1_agreement")
+    for name in (*shares, "gradient_cosine", "gradient_cosine_tuned"):
+        assert 0 < fidelity[name] < 1
+    assert fidelity["logit_kl"] > 0
+
+
 def test_the_page_reads_right(finished: tuple[Config, dict[str, Any]]) -> None:
     config, summary = finished
     page = (folder_of(config) / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
@@ -146,7 +156,8 @@ def test_an_average_over_devices_is_of_the_accuracies_themselves() -> None:
         quality = {"metric": "accuracy", **dict.fromkeys(names, accuracy)}
         costs = ("bytes_down", "bytes_up", "num_tokens", "wall_seconds", "peak_rss_bytes")
         beside = dict.fromkeys(names, 1.0)
-        return {"quality": {**quality, "cross_entropy": beside}, "cost": dict.fromkeys(costs, 1)}
+        cost = dict.fromkeys(costs, 1)
+        return {"quality": {**quality, "cross_entropy": beside}, "cost": cost, "rungs": []}
 
     assert mean_summary([summary(0.0), summary(0.5)])["quality"]["plug_in"] == 0.25
 
@@ -184,6 +195,46 @@ def test_methods_are_compared_by_accuracy(config: Config, tmp_path: Path) -> Non
     assert "| Plug-in (accuracy) | Cross-entropy |" in table
     assert "| Examples |" in table
     assert "accuracy, higher is better" in table
+
+
+# --- a ladder of emulators ----------------------------------------------------------------------
+
+LADDER: dict[str, Any] = {
+    "emulator": {"recipe": "layer_drop:0.75+distill:64", "lower_rungs": (0.25,)},
+    "federated": {"client_rungs": (0.75, 0.25), "num_rounds": 2},
+}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_devices_on_several_rungs_tune_one_adapter_and_rungs_are_aligned_anew(
+    config: Config, rank: int
+) -> None:
+    anew = {"server": {"realign_every": 1, "realign_rank": rank, "realign_tokens": 32}}
+    summary = run(override(override(config, LADDER), anew))
+    assert {rung["name"]: rung["num_clients"] for rung in summary["rungs"]} == {
+        "0.75": 2,
+        "0.25": 1,
+    }
+    assert all("accuracy" in rung["fidelity"] for rung in summary["rungs"])
+    first, second = lines_of(folder_of(config))[1:]
+    assert first["refresh_bytes"] == {}
+    assert all(second["refresh_bytes"][name] > 0 for name in ("0.75", "0.25"))
+    assert {part["status"] for part in second["participants"]} == {"accepted"}
+
+
+def test_an_image_model_cannot_be_audited(
+    finished: tuple[Config, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(finished[0])
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(folder), "--public-text", "server"])
+    assert ended.value.code == FedPEATError.exit_code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"error: {folder}: only emulators of language models can be audited; model.task must be "
+        "causal_lm, got image_classification"
+    )
+    assert not (folder / "audit.json").exists()
 
 
 # --- what is exported ---------------------------------------------------------------------------

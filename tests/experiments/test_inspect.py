@@ -16,6 +16,7 @@ import fedpeat.experiments.inspect as module
 import zoo
 from fedpeat.core.errors import ConfigError, EmulatorError, ModelError, SplitError
 from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.examples import random_inputs
 from fedpeat.model.loading import fingerprint
 from tiny import tiny_model
 
@@ -208,3 +209,12 @@ def test_cut_that_is_not_exact_is_noticed(
     message = f"LlamaForCausalLM cannot be cut; this does not hold: {said}"
     with pytest.raises(SplitError, match=message):
         fedpeat.inspect(tiny_model("llama"))
+
+
+def test_inputs_of_text_end_with_its_end_and_have_no_other_special_token() -> None:
+    model = tiny_model("llama")
+    model.config.pad_token_id, model.config.eos_token_id = 5, 7
+    ids = random_inputs(model)["input_ids"]
+    assert ids[:, -1].tolist() == [7, 7]
+    assert not {5, 7, 0} & set(ids[:, :-1].flatten().tolist())
+    assert torch.equal(ids, random_inputs(model)["input_ids"])

@@ -19,7 +19,7 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import AdapterError, ConfigError, FedPEATError
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments import bench
-from fedpeat.experiments.emulators import make_emulator
+from fedpeat.experiments.emulators import make_emulators
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.export import export_adapter
 from fedpeat.experiments.results import gap_closed
@@ -274,10 +274,12 @@ def test_the_emulator_of_devices_that_tune_alone_is_made_once(
 ) -> None:
     made = []
 
-    def counted(*args: Any, **kwargs: Any) -> EmulatorPackage:
-        made.append(make_emulator(*args, **kwargs))
+    def counted(*args: Any, **kwargs: Any) -> dict[str, EmulatorPackage]:
+        made.append(make_emulators(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(bench, "make_emulator", counted)
+    monkeypatch.setattr(bench, "make_emulators", counted)
     summary = run(override(config, {"method": "local"}))
-    assert [package.manifest.num_bytes for package in made] == [summary["emulator"]["num_bytes"]]
+    (packages,) = made
+    sizes = [package.manifest.num_bytes for package in packages.values()]
+    assert sizes == [summary["emulator"]["num_bytes"]]

@@ -66,7 +66,11 @@ class LoraDevice(FakeDevice):
         task = decode(content)
         if kind == "hello":
             known = digest(self.kept) in task.record.get("parts", [])
-            record = {"num_examples": self.num_examples, "held": sorted(self.held)}
+            record = {
+                "num_examples": self.num_examples,
+                "held": sorted(self.held),
+                "emulator_parts": sorted(self.parts),
+            }
             return encode(Payload(record=record | ({"kept": digest(self.kept)} if known else {})))
         left_out = task.record["left_out"]
         assert left_out in {"", digest(self.kept)}
@@ -327,7 +331,8 @@ def test_a_device_that_lost_what_it_kept_is_sent_all_again() -> None:
 
 @pytest.mark.parametrize("kept", [None, 3, "", "f" * 64, ["x"], {"a": 1}], ids=str)
 def test_a_hello_that_claims_what_was_not_asked_for_gains_nothing(kept: Any) -> None:
-    record = {"num_examples": 30, "held": [RUNG.sha256], "kept": kept}
+    held = {"held": [RUNG.sha256], "emulator_parts": []}
+    record = {"num_examples": 30, **held, "kept": kept}
     transport = three({("hello", "c"): saying(Payload(record=record))})
     transport.devices["c"].held.add(RUNG.sha256)
     _, result = with_lora(transport, "ffa").run_round(start(), None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +19,10 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.emulator.parts import part_bytes, part_hash, read_part
 from fedpeat.federated.in_process import InProcessTransport
-from fedpeat.federated.participant import (
-    EmulatorShelf,
-    Participant,
-    fixed_width,
-    hold_message,
-    train_message,
-)
+from fedpeat.federated.participant import Participant, fixed_width, train_message
+from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.local import LocalSettings
@@ -51,7 +50,8 @@ def package() -> EmulatorPackage:
 
 @pytest.fixture(scope="module")
 def hold(package: EmulatorPackage) -> bytes:
-    return hold_message(package, CONFIG, TUNED)
+    rung = Rung.of(package, CONFIG, TUNED)
+    return rung.hold_message(rung.parts, hashes_of([rung]))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,7 @@ def test_hello_says_what_the_device_has() -> None:
         "num_examples": 5,
         "num_tokens": 5 * 16,
         "held": [],
+        "emulator_parts": [],
     }
 
 
@@ -274,7 +275,7 @@ def test_restored_parts_are_kept_again(
     on = shelf()
     one, again = device("a", on=on), device("a", on=on)
     one.handle("hold", hold)
-    again.restore(one.held, part_of(adapter, "lora_A"))
+    again.restore(one.inventory(), part_of(adapter, "lora_A"))
     content = task(part_of(adapter, "lora_B"), package, tuned="lora_B", left_out=again.kept)
     assert decode(again.handle("train", content)).arrays.keys() == part_of(adapter, "lora_B").keys()
 
@@ -371,22 +372,52 @@ def test_training_without_holding_is_refused_even_if_a_neighbour_holds(
         device("b", on=on).handle("train", task(adapter, package))
 
 
-def test_restore_needs_the_emulator_on_the_shelf(package: EmulatorPackage, hold: bytes) -> None:
+def test_a_restored_device_holds_again_what_it_held(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
     on = shelf()
-    one, other = device("a", on=on), device("b")
+    one, again, elsewhere = device("a", on=on), device("a", on=on), device("a")
     one.handle("hold", hold)
-    again = device("a", on=on)
-    again.restore(one.held, {})
-    assert again.held == one.held
+    for restored in (again, elsewhere):
+        restored.restore(one.inventory(), {})
+        hello = encode(Payload())
+        assert restored.handle("hello", hello) == one.handle("hello", hello)
+    assert_same_arrays(
+        again.handle("train", task(adapter, package)), one.handle("train", task(adapter, package))
+    )
     with pytest.raises(EmulatorError, match="ask for it with a hold message"):
-        other.restore(one.held, {})
-    assert other.held == []
+        elsewhere.handle("train", task(adapter, package))
 
 
-def change_weights(payload: Payload) -> Payload:
-    weights = payload.arrays["weights"].copy()
-    weights[-1] ^= 1
-    return Payload({"weights": weights}, payload.record)
+def change_arrays(change: Callable[[str, np.ndarray], np.ndarray]) -> Callable[[Payload], Payload]:
+    def changed(payload: Payload) -> Payload:
+        return Payload({n: change(n, a) for n, a in payload.arrays.items()}, payload.record)
+
+    return changed
+
+
+def flipped(_: str, part: np.ndarray) -> np.ndarray:
+    return np.concatenate([part[:-1], part[-1:] ^ 1])
+
+
+def not_finite(payload: Payload) -> Payload:
+    """Return the message of an honest sender whose emulator has blown up."""
+    name, content = next(iter(payload.arrays.items()))
+    tensors = read_part(content.tobytes())
+    first = next(iter(tensors.values()))
+    first.view(-1)[0] = math.nan
+    part = part_bytes(tensors)
+    manifest = payload.record["manifest"]
+    for entry in manifest["parts"]:
+        if entry["sha256"] == name:
+            entry["sha256"] = part_hash(part)
+    parts = [[p["name"], p["sha256"], p["num_bytes"]] for p in manifest["parts"]]
+    use = [payload.record["config"], manifest["architecture"], manifest["blocks"]]
+    text = json.dumps([*use, manifest["source_blocks"], parts], sort_keys=True)
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    arrays = {**payload.arrays, part_hash(part): np.frombuffer(part, np.uint8)}
+    del arrays[name]
+    return Payload(arrays, payload.record)
 
 
 def change_record(**changes: Any) -> Callable[[Payload], Payload]:
@@ -403,12 +434,19 @@ def change_config(payload: Payload) -> Payload:
 
 
 DAMAGES: dict[str, tuple[Callable[[Payload], Payload], str]] = {
-    "one bit of the weights": (change_weights, "emulator is damaged: its hash must be"),
-    "weights cut short": (
-        lambda p: Payload({"weights": p.arrays["weights"][:-8]}, p.record),
-        "emulator is damaged",
+    "one bit of each part": (change_arrays(flipped), "emulator is damaged: the hash of its"),
+    "parts cut short": (
+        change_arrays(lambda _, a: a[:-8]),
+        r"emulator is damaged: its [a-z0-9 ]+ must have \d+ bytes, got \d+",
     ),
-    "no weights": (lambda p: Payload({}, p.record), "not an emulator"),
+    "no parts": (lambda p: Payload({}, p.record), "lacks what is not held here: outside, block 0"),
+    "a part too many": (
+        lambda p: Payload({**p.arrays, "c0ffee": np.zeros(3, np.uint8)}, p.record),
+        "part c0ffee is none of emulator",
+    ),
+    "a value that is not finite": (not_finite, "has values that are not finite"),
+    "no list of what is in use": (change_record(current=...), "current must be a list"),
+    "what is in use is text": (change_record(current="all"), "current must be a list"),
     "a changed configuration": (change_config, "emulator is damaged"),
     "no manifest": (change_record(manifest=...), "not an emulator"),
     "manifest is text": (change_record(manifest="x"), "not an emulator"),

@@ -36,6 +36,7 @@ from fedpeat.federated import exchange
 from fedpeat.federated.aggregation import ServerOptimizer
 from fedpeat.federated.rounds import Federation, FederationState, is_better
 from fedpeat.federated.screening import Limits
+from fedpeat.federated.shelf import hashes_of
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,9 @@ def three(
     """Return devices a, b, c that add 1, 2, 4 and weigh 10, 20, 30."""
     devices = {"a": FakeDevice(1, 10), "b": FakeDevice(2, 20), "c": FakeDevice(4, 30)}
     return FakeTransport(devices, scripts, order=order)
+
+
+HOLD = RUNG.hold_message(RUNG.parts, hashes_of([RUNG]))
 
 
 def of(result: RoundResult, client_id: str) -> ParticipantResult:
@@ -154,7 +158,7 @@ def test_emulator_is_sent_once_and_only_to_those_that_lack_it() -> None:
     loop = federation(transport)
     state, first = loop.run_round(start(), None)
     assert [node for kind, node, _ in transport.sent if kind == "hold"] == ["a", "c"]
-    assert of(first, "a").bytes_down - of(first, "b").bytes_down == len(RUNG.hold_message)
+    assert of(first, "a").bytes_down - of(first, "b").bytes_down == len(HOLD)
 
     transport.sent.clear()
     _, second = loop.run_round(state, None)
@@ -356,7 +360,7 @@ def nested(depth: int) -> bytes:
 
 
 def hello(**record: Any) -> Script:
-    return saying(Payload(record={"num_examples": 30, "held": [], **record}))
+    return saying(Payload(record={"num_examples": 30, "held": [], "emulator_parts": [], **record}))
 
 
 HOSTILE_HELLOS: dict[str, tuple[Script, str]] = {
@@ -398,7 +402,11 @@ def test_hostile_hello_sits_out_with_a_warning(name: str) -> None:
 def test_random_hellos_never_end_the_round() -> None:
     rng = np.random.default_rng(0)
     proper = bytearray(
-        encode(Payload({"w": np.ones(2, np.float32)}, {"num_examples": 3, "held": []}))
+        encode(
+            Payload(
+                {"w": np.ones(2, np.float32)}, {"num_examples": 3, "held": [], "emulator_parts": []}
+            )
+        )
     )
     for _ in range(100):
         damaged = bytes(proper[: rng.integers(len(proper) + 1)])

@@ -124,6 +124,22 @@ def test_rename_does_not_touch_lists_inside_a_block() -> None:
     assert full.rename(names, full, {1: 0}) == {"h.1.experts.3.weight": "h.0.experts.3.weight"}
 
 
+def test_only_the_text_part_of_what_also_sees_is_looked_at() -> None:
+    model = tiny_model("llama")
+    model.vision = linears(6, 256)
+    assert find_blocks(model) == Blocks((BlockList(("model.layers",), 6),))
+
+
+def test_one_block_that_runs_over_and_over_is_refused() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=32, embedding_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+        num_hidden_layers=4,
+    )  # fmt: skip
+    message = "AlbertModel runs the one block in encoder.albert_layer_groups 4 times over"
+    with pytest.raises(SplitError, match=message):
+        find_blocks(transformers.AlbertModel(config))
+
+
 def test_two_blocks_of_two_kinds_are_no_stages() -> None:
     decoder = encoder_decoder("t5").get_decoder()
     assert decoder.block[0].state_dict().keys() != decoder.block[1].state_dict().keys()
@@ -139,7 +155,7 @@ def test_stages_of_one_width_that_are_bare_lists_are_cut_inside() -> None:
 def test_list_as_long_as_the_text_is_deep_comes_before_a_larger_one_of_what_else_it_takes() -> None:
     model = tiny_model("llama")
     model.config.audio_layers = 4
-    model.model.audio = linears(4, 64)
+    model.model.audio = linears(4, 256)
     assert find_blocks(model) == Blocks((BlockList(("model.layers",), 6),))
 
 
@@ -195,3 +211,17 @@ def test_half_that_a_network_does_not_have_is_refused(half: Cut) -> None:
     message = f"LlamaForCausalLM has no {half} to cut by itself; model.cut must be both, got {half}"
     with pytest.raises(SplitError, match=message):
         find_blocks(tiny_model("llama"), cut=half)
+
+
+def test_tensors_of_every_list_and_part_are_located_and_renamed() -> None:
+    full = Blocks((BlockList(("a", "b"), 3), BlockList(("c",), 2)))
+    inside = {"a.1.w": 1, "b.2.w": 2, "c.1.w": 4, "x.c.0.w": 3}
+    assert {name: full.locate(name) for name in inside} == inside
+    assert [full.locate(name) for name in ("c.norm", "ca.1.w", "a.1_norm.w")] == [None] * 3
+    names = ["a.2.w", "b.2.a.0.w", "c.1.w", "c.0.w", "norm"]
+    assert full.rename(names, full.select([2, 4]), {2: 0, 4: 1}) == {
+        "a.2.w": "a.0.w",
+        "b.2.a.0.w": "b.0.a.0.w",
+        "c.1.w": "c.0.w",
+        "norm": "norm",
+    }

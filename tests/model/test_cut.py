@@ -276,3 +276,49 @@ def test_skeleton_has_room_for_buffers_made_of_weights() -> None:
     blocks = Blocks((BlockList(("ibert.encoder.layer",), 3),))
     model = skeleton("IBertForMaskedLM", config.to_dict(), blocks, [0, 2], torch.float32)
     assert not any(t.is_meta for t in model.state_dict().values())
+
+
+def test_blocks_in_lists_side_by_side_go_together() -> None:
+    config = transformers.XLMConfig(vocab_size=32, emb_dim=8, n_layers=4, n_heads=2)
+    model = transformers.XLMModel(config)
+    with only_blocks(model, find_blocks(model), [0, 3]):
+        assert (len(model.attentions), len(model.ffns)) == (2, 2)
+
+
+def test_network_is_whole_again_after_an_error() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(KeyError), only_blocks(model, find_blocks(model), [0, 3]):
+        raise KeyError
+    assert find_blocks(model).num_blocks == model.config.num_hidden_layers == 6
+
+
+def test_block_index_and_weights_are_back_after_blocks_were_taken_out_for_a_while() -> None:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    with only_blocks(model, blocks, [0, 3]):
+        assert model.model.layers[1].self_attn.layer_idx == 1
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3, 4, 5]
+
+
+def test_tables_with_a_part_for_each_block_are_cut() -> None:
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=32, vocab_size_per_layer_input=32, hidden_size=8, intermediate_size=8,
+        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+        hidden_size_per_layer_input=2, num_kv_shared_layers=0, laurel_rank=2,
+        layer_types=["full_attention"] * 4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    model = transformers.Gemma3nTextModel(config)
+    whole = model.embed_tokens_per_layer.weight.detach().clone()
+    with only_blocks(model, find_blocks(model), [0, 2]):
+        cut = model.embed_tokens_per_layer.weight
+        assert torch.equal(cut, whole[:, [0, 1, 4, 5]])
+    assert torch.equal(model.embed_tokens_per_layer.weight, whole)
+
+
+def test_skeleton_keeps_ties_and_the_random_stream() -> None:
+    model = tiny_model("gpt2")
+    before = torch.get_rng_state()
+    settings = model.config.to_dict()
+    empty = skeleton("GPT2LMHeadModel", settings, find_blocks(model), [0, 5], torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert empty.get_parameter("lm_head.weight") is empty.get_parameter("transformer.wte.weight")

@@ -16,7 +16,7 @@ from fedpeat.report import load_run, render_report, write_report
 from fedpeat.report.curves import curve_points
 from fedpeat.report.markup import element
 from fedpeat.report.style import STYLE
-from report.report_files import MakeRun, participant, round_line, summary, three_rounds
+from report.report_files import Line, MakeRun, participant, round_line, summary, three_rounds
 
 
 class Page(HTMLParser):
@@ -234,6 +234,26 @@ def test_the_grid_has_a_mark_for_each_participant_and_round(make_run: MakeRun) -
     rows = [re.findall(r'class="s-(\w+)"', row) for row in grid.split('class="name"')[1:]]
     assert rows == [["none", "accepted"], ["late", "rejected"], ["accepted", "none"]]
     assert "<title>round 1: late</title>" in grid
+
+
+def on_rung(name: str, rung: str, emulator: int) -> Line:
+    return participant(name, rung=rung, bytes_down=5000, bytes_up=3000, bytes_emulator=emulator)
+
+
+def test_rungs_have_a_table(make_run: MakeRun) -> None:
+    people = [on_rung("ann", "0.75", 4000), on_rung("bob", "0.5", 2000), on_rung("eve", "0.75", 0)]
+    page = render_report(load_run(make_run([round_line(1, 30.0, participants=people)])))
+    text = text_of(Page(page))
+    assert "2 rungs: the share of blocks that an emulator keeps" in text
+    assert re.search(r"0\.75\s+2\s+2\s+2\s+10\.0 kB\s+4\.0 kB\s+6\.0 kB", text)
+    assert re.search(r"0\.5\s+1\s+1\s+1\s+5\.0 kB\s+2\.0 kB\s+3\.0 kB", text)
+    assert "<title>round 1: accepted, rung 0.5</title>" in page
+
+
+def test_where_all_hold_the_same_there_is_no_table_of_rungs(make_run: MakeRun) -> None:
+    people = [on_rung("ann", "0.75", 4000), on_rung("eve", "0.75", 0)]
+    page = rendered(make_run([round_line(1, 30.0, participants=people)]))
+    assert "the share of blocks that an emulator keeps" not in text_of(page)
 
 
 def test_lost_updates_are_listed_with_their_reason_and_first_round(make_run: MakeRun) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import AdapterConfig
+from fedpeat.core.errors import AdapterError
 from fedpeat.data.packing import PackedText
 from fedpeat.model.blocks import find_blocks
 from fedpeat.tuning.local import LocalSettings, LocalStats, batch_rows, train
@@ -191,3 +192,11 @@ def test_every_method_trains(method: str) -> None:
     moved = [n for n, a in result.state().items() if a.tobytes() != start[n].tobytes()]
     assert len(moved) == len(start)
     assert np.isfinite(stats.last_loss)
+
+
+def test_adapter_that_no_gradient_reaches_is_refused() -> None:
+    left_out = tunable()
+    decoder = left_out.model.get_submodule("base_model.model.model")
+    decoder.layers = decoder.layers[1:5]  # type: ignore[index]
+    with pytest.raises(AdapterError, match="no gradient reaches the adapter"):
+        train(left_out, random_text(), SETTINGS, num_steps=1, first_step=0, seed=5)

@@ -173,10 +173,10 @@ def product_error(states: Sequence[State], weights: Sequence[float]) -> float | 
     """Return ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||, Frobenius norms over all pairs.
 
     It is what plain averaging of the factors does wrong. Factors of a lower rank are filled up with
-    zeros.
+    zeros. A pair's means are over those who have it.
 
     Args:
-        states: Pairs of each participant.
+        states: Pairs of each participant; those on a smaller rung have fewer.
         weights: Share of each; together 1.
 
     Returns:
@@ -186,12 +186,17 @@ def product_error(states: Sequence[State], weights: Sequence[float]) -> float | 
         mean(BA) - mean(B) mean(A) is a covariance, mean((B - mean(B)) (A - mean(A))), which loses
         no digits where all A are equal.
     """
-    shares = np.asarray(weights)
     errors, norms = [], []
-    for name_a, name_b in lora_pairs(states[0]):
-        r = max(len(s[name_a]) for s in states)
-        a = np.stack([_filled(s[name_a], (r, s[name_a].shape[1])) for s in states])
-        b = np.stack([_filled(s[name_b], (len(s[name_b]), r)) for s in states])
+    for name_a, name_b in sorted({pair for state in states for pair in lora_pairs(state)}):
+        holders = [i for i, state in enumerate(states) if name_a in state]
+        own = [states[i] for i in holders]
+        total = sum(weights[i] for i in holders)
+        if not total:
+            continue
+        shares = np.asarray([weights[i] / total for i in holders])
+        r = max(len(s[name_a]) for s in own)
+        a = np.stack([_filled(s[name_a], (r, s[name_a].shape[1])) for s in own])
+        b = np.stack([_filled(s[name_b], (len(s[name_b]), r)) for s in own])
         centred_a, centred_b = (x - np.tensordot(shares, x, axes=1) for x in (a, b))
         errors.append(_squared_norm(shares, centred_a, centred_b))
         norms.append(_squared_norm(shares, a, b))

@@ -27,8 +27,9 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError
 from fedpeat.core.run_folder import replace_folder
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.modes import evaluating
 
-__all__ = ["Tunable", "adapter_facts", "attach", "check_state", "read_adapter"]
+__all__ = ["Tunable", "adapter_facts", "attach", "attached", "check_state", "read_adapter"]
 
 _PEFT_PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,6 +53,13 @@ class Tunable:
     def device(self) -> torch.device:
         """Device that the network lives on."""
         return next(iter(self.parameters.values())).device
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, with the adapter in its layers."""
+        if isinstance(self.model, peft.PeftModel):
+            return self.model.get_base_model()
+        return self.model
 
     @property
     def num_parameters(self) -> int:
@@ -187,14 +195,57 @@ def attach(
     return Tunable(tuned_model, {names[name]: p for name, p in trained.items()})
 
 
+@contextmanager
+def attached(
+    model: transformers.PreTrainedModel,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    config: AdapterConfig,
+    *,
+    kept: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Iterator[Tunable]:
+    """Attach an adapter for a while; afterwards the network is as it was, values and modes too.
+
+    Args and Raises as of ``attach``.
+    """
+    before = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    owned = {id(p) for p, _, _ in before}
+    values: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with evaluating(model):
+        tuned_model: Any = None
+        try:
+            tunable = attach(model, blocks, tuned, config, kept=kept, seed=seed)
+            tuned_model = tunable.model
+            tuned_weights = [p for p in tunable.parameters.values() if id(p) in owned]
+            values = [(p, p.detach().clone()) for p in tuned_weights]
+            yield tunable
+        finally:
+            if isinstance(tuned_model, peft.PeftModel) and hasattr(
+                tuned_model.base_model, "unload"
+            ):
+                tuned_model.base_model.unload()  # type: ignore[operator]
+            if _go_by_themselves(model, blocks if kept is None else blocks.select(kept)):
+                model.disable_input_require_grads()
+            for parameter, data, flag in before:
+                parameter.data = data
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for weight, value in values:
+                    weight.copy_(value)
+
+
 def _let_gradients_through(model: nn.Module, blocks: Blocks) -> None:
     """Give embeddings a gradient where blocks go backwards by themselves (Reformer).
 
     They do so only if what enters them has one.
     """
-    by_themselves = any(hasattr(part, "backward_pass") for _, part in blocks.parts(model, 0))
-    if by_themselves and isinstance(model, transformers.PreTrainedModel):
+    if isinstance(model, transformers.PreTrainedModel) and _go_by_themselves(model, blocks):
         model.enable_input_require_grads()
+
+
+def _go_by_themselves(model: nn.Module, blocks: Blocks) -> bool:
+    return any(hasattr(part, "backward_pass") for _, part in blocks.parts(model, 0))
 
 
 def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_audit(commands)
     _add_inspect(commands)
     return parser
 
@@ -160,6 +161,44 @@ def _add_export(commands: Commands) -> None:
 def _add_report(commands: Commands) -> None:
     parser = _add(commands, "report", "write report.html of a run or a comparison", _report)
     parser.add_argument("run", type=Path, help="run folder")
+
+
+def _add_audit(commands: Commands) -> None:
+    parser = _add(commands, "audit", "measure how much of the model an emulator gives away", _audit)
+    parser.add_argument(
+        "emulators", nargs="+", type=Path, metavar="EMULATOR", help="run or emulator folder"
+    )
+    parser.add_argument("--model", help="the full model, if not that of the run's settings")
+    parser.add_argument(
+        "--public-text",
+        metavar="SOURCE",
+        help="the attacker's text: stdlib, a path, a Hub dataset, or server for the server's text",
+    )
+    parser.add_argument("--public-subset", metavar="NAME", help="configuration of a Hub dataset")
+    parser.add_argument("--public-split", metavar="NAME", help="split of a Hub dataset (train)")
+    parser.add_argument("--public-field", metavar="NAME", help="field with the text (text)")
+    parser.add_argument(
+        "--budget",
+        dest="num_tokens",
+        type=int,
+        metavar="TOKENS",
+        help="tokens that each attack trains on (200000)",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="BLOCKS", help="blocks in a batch (8)")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        help="each attack is made with each, and the best counts (0.0003 0.003)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of batches and random networks (0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the chart over several runs goes"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="audit again what was audited with these settings"
+    )
 
 
 def _add_inspect(commands: Commands) -> None:
@@ -261,6 +300,31 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
 
     is_comparison = (args.run / "comparison.json").exists()
     print(write_comparison(args.run) if is_comparison else write_report(args.run))
+
+
+def _audit(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from dataclasses import fields
+
+    from fedpeat.cli.terminal import Terminal
+    from fedpeat.config.schema import AuditPlan
+
+    given = {f.name: getattr(args, f.name) for f in fields(AuditPlan)}
+    rates = tuple(args.learning_rates) if args.learning_rates else None
+    named = {k: v for k, v in (given | {"learning_rates": rates}).items() if v is not None}
+    plan = AuditPlan(**named)
+    from fedpeat.experiments.audit import audit
+
+    with Terminal() as terminal:
+        results, page = audit(
+            args.emulators,
+            plan,
+            model=args.model,
+            out=args.out,
+            overwrite=args.overwrite,
+            observer=terminal,
+        )
+    terminal.audit(results, page)
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:

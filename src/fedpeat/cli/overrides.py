@@ -25,7 +25,11 @@ _KINDS = {
     float: "a number",
     str: "text",
 }
-_LISTS = {str: "one or more names", int: "one or more whole numbers"}
+_LISTS = {
+    str: "one or more names",
+    int: "one or more whole numbers",
+    float: "one or more numbers",
+}
 
 
 def with_overrides(config: Config, args: Sequence[str], *, prog: str) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,11 @@ QUALITIES = {
 }
 BESIDE = {"bits_per_byte": "bits per byte", "cross_entropy": "cross-entropy"}
 SHORT = {"perplexity": "ppl", "accuracy": "acc"}
+ATTACKS = {
+    "from_scratch": "from scratch",
+    "fine_tune": "fine-tuned",
+    "reinsert": "blocks put back",
+}
 
 
 class Terminal:
@@ -101,6 +106,38 @@ class Terminal:
         """Print a comparison."""
         self._console.print(table, markup=False, soft_wrap=True)
         self._console.print(f"page: {folder / 'comparison.html'}", markup=False, soft_wrap=True)
+
+    def audit(self, results: Sequence[Mapping[str, Any]], page: Path | None) -> None:
+        """Print what attackers reached, and what that means."""
+        for result in results:
+            for emulator in result["emulators"]:
+                self._console.print(_audit_table(emulator))
+                for line in emulator["verdicts"]:
+                    self._console.print(f"- {line}", markup=False, soft_wrap=True)
+        if page is not None:
+            self._console.print(f"page: {page}", markup=False, soft_wrap=True)
+
+
+def _audit_table(emulator: Mapping[str, Any]) -> Table:
+    capability = emulator["capability"]
+    table = Table(
+        title=f"perplexity of {emulator['recipe']}: full model {_number(capability['full'])}, "
+        f"emulator untouched {_number(capability['emulator'])}",
+        title_justify="left",
+    )
+    table.add_column("attack, after tokens")
+    attacks = {name: found for name, found in emulator["attacks"].items() if found is not None}
+    for point in attacks["from_scratch"]["curve"]:
+        table.add_column(f"{point['num_tokens']:,}", justify="right")
+    table.add_column("recovered", justify="right")
+    for name, found in attacks.items():
+        ratio = found["recovered_ratio"]
+        table.add_row(
+            ATTACKS[name],
+            *[_number(point["perplexity"]) for point in found["curve"]],
+            "-" if ratio is None else f"{ratio:.0%}",
+        )
+    return table
 
 
 def _header(metric: str) -> str:

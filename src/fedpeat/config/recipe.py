@@ -93,6 +93,15 @@ class Recipe:
         """Whether no block is dropped."""
         return self.selection.name == "full" or self.selection.value == 1
 
+    @property
+    def ratio(self) -> float:
+        """Share of the blocks that it keeps."""
+        return 1.0 if self.selection.name == "full" else self.selection.value
+
+    def at(self, ratio: float) -> Recipe:
+        """Return the same recipe with another share of the blocks."""
+        return Recipe((Step(self.selection.name, ratio), *self.steps[1:]))
+
     def has(self, name: str) -> bool:
         """Return whether a step is part of it."""
         return any(step.name == name for step in self.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from fedpeat.core.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
+    "AuditPlan",
     "ComparisonPlan",
     "Config",
     "Cut",
@@ -182,6 +184,11 @@ class EmulatorConfig:
     ratio in (0, 1], or full for every block; then low_rank and the share of each matrix's weights
     to keep; then distill:TOKENS of the server's own text (each of its images counts as one); then
     int8 or int4. For example greedy:0.5+distill:200000+int8."""
+    lower_rungs: tuple[float, ...] = ()
+    """Shares of the blocks that smaller emulators keep, falling, each below the recipe's, e.g.
+    [0.5, 0.33]. With the recipe's own they form a ladder, on which federated.client_rungs places
+    the devices; the blocks of a rung are among those of the one above it. The recipe's other steps
+    hold for every rung, distill's tokens for each."""
     calibration_tokens: int = 16384
     """Tokens of the server's own text, or images, that a choice of blocks, and low_rank, look
     at."""
@@ -203,6 +210,7 @@ class EmulatorConfig:
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
+        self._check_rungs()
         _require(
             self.calibration_tokens >= 1,
             "emulator.calibration_tokens",
@@ -228,6 +236,27 @@ class EmulatorConfig:
             "at least 1",
             self.distill_batch_size,
         )
+
+    def _check_rungs(self) -> None:
+        recipe = parse_recipe(self.recipe)
+        _require(
+            not self.lower_rungs or recipe.selection.name != "full",
+            "emulator.lower_rungs",
+            "empty for a recipe that chooses no blocks",
+            self.lower_rungs,
+        )
+        rungs = (recipe.ratio, *self.lower_rungs)
+        _require(
+            all(high > low > 0 for high, low in itertools.pairwise(rungs)),
+            "emulator.lower_rungs",
+            f"falling, below {recipe.ratio:g} and above 0",
+            self.lower_rungs,
+        )
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of the blocks that the emulators keep, falling."""
+        return (parse_recipe(self.recipe).ratio, *self.lower_rungs)
 
 
 @dataclass(frozen=True)
@@ -331,6 +360,14 @@ class ServerConfig:
     weight_ratio: float | None = None
     """Share of the average that the server's update gets, in [0, 1); by its number of examples if
     not given."""
+    realign_every: int = 0
+    """Rounds after which the server distils every emulator anew, as emulator.distill_* say, against
+    the full model with the tuned adapter plugged into both; 0 for never."""
+    realign_tokens: int = 20000
+    """Tokens of the server's own text, or images, for that, on each rung."""
+    realign_rank: int = 8
+    """Rank of the low-rank update of an emulator's middle that devices are then sent; 0 to send
+    whole blocks."""
 
     def __post_init__(self) -> None:
         _require(
@@ -341,6 +378,11 @@ class ServerConfig:
         )
         ratio = self.weight_ratio
         _require(ratio is None or 0 <= ratio < 1, "server.weight_ratio", "in [0, 1)", ratio)
+        _require_not_negative("server.realign_every", self.realign_every)
+        _require(
+            self.realign_tokens >= 1, "server.realign_tokens", "at least 1", self.realign_tokens
+        )
+        _require_not_negative("server.realign_rank", self.realign_rank)
 
 
 @dataclass(frozen=True)
@@ -365,6 +407,10 @@ class FederatedConfig:
     """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
     (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
     rank)."""
+    client_rungs: tuple[float, ...] = ()
+    """Rungs of the devices, as the shares of blocks that their emulators keep, given out over and
+    over in the order of their names, each that of emulator.recipe or in emulator.lower_rungs;
+    empty: the recipe's for all."""
     client_ranks: tuple[int, ...] = ()
     """Ranks of LoRA on the devices, given out over and over in the order of their names, each in
     [1, adapter.r], for lora_aggregation svd; empty: adapter.r for all."""
@@ -501,6 +547,44 @@ class Config:
             self.num_threads,
         )
         self._check_lora()
+        self._check_ladder()
+
+    def _check_ladder(self) -> None:
+        whole_blocks = self.adapter.method == "none" and self.adapter.placement == "all"
+        _require(
+            not (self.server.realign_every and whole_blocks),
+            "server.realign_every",
+            "0 for adapter.method 'none' with placement 'all', which leaves nothing to align",
+            self.server.realign_every,
+        )
+        if self.server.realign_every:
+            is_text = self.model.task == "causal_lm"
+            size, unit = (self.data.block_size, "blocks") if is_text else (1, "images")
+            batch = self.emulator.distill_batch_size * size
+            _require(
+                self.server.realign_tokens >= batch,
+                "server.realign_tokens",
+                f"at least {batch}, a batch of emulator.distill_batch_size {unit}",
+                self.server.realign_tokens,
+            )
+            terms = ("lm", "hidden", "logit", "block")
+            weights = sum(getattr(self.emulator, f"distill_{term}_weight") for term in terms)
+            _require(weights > 0, "emulator.distill_*_weight", "above 0 for one of them", weights)
+            recipe = parse_recipe(self.emulator.recipe)
+            _require(
+                self.server.realign_rank > 0 or not (recipe.has("int8") or recipe.has("int4")),
+                "server.realign_rank",
+                "above 0 for a recipe with int8 or int4, whose weights cannot be trained",
+                self.server.realign_rank,
+            )
+        for rung in self.federated.client_rungs:
+            allowed = ", ".join(f"{ratio:g}" for ratio in self.emulator.rungs)
+            _require(
+                rung in self.emulator.rungs,
+                "federated.client_rungs",
+                f"rungs of the ladder ({allowed})",
+                rung,
+            )
 
     def _check_lora(self) -> None:
         rule, ranks = self.federated.lora_aggregation, self.federated.client_ranks
@@ -547,3 +631,41 @@ class ComparisonPlan:
         _require(len(self.seeds) > 0, "compare.seeds", "at least one seed", self.seeds)
         for seed in self.seeds:
             _require_not_negative("compare.seeds", seed)
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """How an emulator is attacked, to see how much of the model it gives away."""
+
+    public_text: str | None = None
+    """Text that the attacker has: stdlib, a path or a Hub dataset as in data.source, or "server"
+    for the text that the run's server has."""
+    public_subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    public_split: str = "train"
+    """Split of a Hub dataset."""
+    public_field: str = "text"
+    """Field with the text."""
+    num_tokens: int = 200_000
+    """Tokens that each attack trains on."""
+    batch_size: int = 8
+    """Blocks in a batch of an attack."""
+    learning_rates: tuple[float, ...] = (3e-4, 3e-3)
+    """Peak learning rates; each attack is made with each, and the best outcome counts."""
+    seed: int = 0
+    """Seed of batches and of random networks."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.public_text),
+            "--public-text",
+            "the attacker's text: a file, a folder, stdlib, a Hub dataset, or server for the text "
+            "that the run's server has",
+            self.public_text,
+        )
+        _require(self.num_tokens >= 1, "--budget", "at least 1", self.num_tokens)
+        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
+        for rate in self.learning_rates:
+            _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)

@@ -12,10 +12,11 @@ __all__ = ["FixedController"]
 
 
 class FixedController:
-    """Draws a fixed share of the devices, uniformly, and gives each the same rung and work.
+    """Draws a fixed share of the devices, uniformly, and gives each its rung and the same work.
 
     Args:
-        rung: Emulator that every device gets.
+        rung: Emulator of the devices that ``client_rungs`` does not name.
+        client_rungs: Emulators of devices, by the devices' names.
         fraction_train: Share of devices drawn, in (0, 1]; at least one.
         local_steps: Steps of each device.
         server_steps: Steps of the server; 0 if it does not take part.
@@ -23,9 +24,17 @@ class FixedController:
     """
 
     def __init__(
-        self, *, rung: str, fraction_train: float, local_steps: int, server_steps: int, seed: int
+        self,
+        *,
+        rung: str,
+        fraction_train: float,
+        local_steps: int,
+        server_steps: int,
+        seed: int,
+        client_rungs: Mapping[str, str] | None = None,
     ) -> None:
         self._rung = rung
+        self._client_rungs = dict(client_rungs or {})
         self._fraction_train = fraction_train
         self._local_steps = local_steps
         self._server_steps = server_steps
@@ -37,8 +46,10 @@ class FixedController:
         cohort_size = min(len(clients), max(1, round(self._fraction_train * len(clients))))
         rng = generator(self._seed, "cohort", observation.server_round)
         drawn = sorted(rng.choice(len(clients), cohort_size, replace=False).tolist())
+        names = [clients[i].client_id for i in drawn]
         plans = tuple(
-            ClientPlan(clients[i].client_id, self._rung, self._local_steps) for i in drawn
+            ClientPlan(name, self._client_rungs.get(name, self._rung), self._local_steps)
+            for name in names
         )
         return RoundPlan(plans, self._server_steps)
 

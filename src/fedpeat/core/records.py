@@ -79,6 +79,7 @@ class ClientState:
         client_id: Its name.
         num_examples: Examples that it has, as it says.
         held_rungs: Emulators that it holds.
+        held_parts: Beginnings of the hashes of the emulators' parts that it need not be sent.
         last_loss: Mean loss of its last accepted update.
         kept_part: Hash of the part of the round's adapter that it need not be sent; empty for none.
     """
@@ -86,6 +87,7 @@ class ClientState:
     client_id: str
     num_examples: int
     held_rungs: tuple[str, ...] = ()
+    held_parts: frozenset[str] = frozenset()
     last_loss: float | None = None
     kept_part: str = ""
 
@@ -133,7 +135,11 @@ class Controller(Protocol):
 
 @dataclass(frozen=True)
 class ParticipantResult:
-    """What one participant did in a round, as it goes into metrics.jsonl."""
+    """What one participant did in a round, as it goes into metrics.jsonl.
+
+    ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
+    ``bytes_down`` that brought it what it lacked of that emulator.
+    """
 
     client_id: str
     role: Literal["device", "server"]
@@ -147,6 +153,8 @@ class ParticipantResult:
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
+    rung: str = ""
+    bytes_emulator: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ class RoundResult:
 
     ``product_error`` is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| over all pairs of LoRA: what
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
+    ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
+    before the round; empty where none was.
     """
 
     server_round: int
@@ -169,4 +179,5 @@ class RoundResult:
     seconds: float = 0.0
     elapsed_seconds: float = 0.0
     peak_rss_bytes: int = 0
+    refresh_bytes: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default_factory=tuple)

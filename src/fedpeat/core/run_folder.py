@@ -4,8 +4,10 @@ runs/NAME/
   config.yaml      the resolved settings
   metrics.jsonl    a line per round
   summary.json     the result, a stable interface
+  audit.json       what the emulator gives away, if it was audited
   checkpoints/     round-00001/ ...: all that a resumed run needs, with a checksum
   emulator/        the emulator that devices hold, with its manifest
+  rungs/           the smaller emulators of a ladder, by name
   adapter/         the best adapter, as a PEFT checkpoint of the full model
   report.html, log.txt, tensorboard/
 """
@@ -40,8 +42,8 @@ __all__ = [
 ]
 
 _KEPT_CHECKPOINTS = 2
-_FOLDERS = ("checkpoints", "emulator", "adapter", "tensorboard", "full_tuned", "clients")
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "log.txt")
+_FOLDERS = ("checkpoints", "emulator", "rungs", "adapter", "tensorboard", "full_tuned", "clients")
+_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "audit.json", "report.html", "log.txt")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An emulator as it is stored and sent: weights, a configuration and a manifest.
+"""An emulator as it is stored and sent: parts with weights, a configuration and a manifest.
 
 What a device computes with is always built from these bytes, on the server too, so that all hold
 identical weights.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,43 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.core.run_folder import replace_folder
 from fedpeat.core.wire import Payload
+from fedpeat.emulator.parts import (
+    Tensors,
+    fill,
+    part_bytes,
+    part_hash,
+    read_part,
+    short,
+    split,
+    untied_state,
+)
+from fedpeat.emulator.update import UPDATE, add_update
 from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
 from fedpeat.model.layers import LayerSpec, num_parameters, read_specs
 
-__all__ = ["EmulatorPackage", "Manifest", "pack_emulator"]
+__all__ = ["EmulatorPackage", "Manifest", "Memory", "Part", "pack_emulator"]
 
-SCHEMA = 3
+SCHEMA = 4
+WEIGHTS_FILE, UPDATE_FILE = "model.safetensors", "update.safetensors"
+
+Memory = MutableMapping[str, dict[str, torch.Tensor]]
+"""Tensors of parts by the parts' hashes; networks that are built from one share it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an emulator, as its manifest lists it."""
+
+    name: str
+    sha256: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +67,11 @@ class Manifest:
         source_blocks: Index in the full model of each block, in order.
         layers: Layers that differ from the full model's, in the order in which they were changed.
         num_parameters: Parameters, tied ones counted once.
-        num_bytes: Length of the weights file.
+        num_bytes: Length of all parts together.
         dtype: Type of the weights.
         parent_sha256: Fingerprint of the full model's weights.
-        sha256: Hash of weights, configuration and block indices; the emulator's identity.
+        sha256: Hash of parts, configuration and block indices; the emulator's identity.
+        parts: Its parts.
         fidelity: What was measured of it, by name.
     """
 
@@ -59,8 +85,14 @@ class Manifest:
     dtype: str
     parent_sha256: str
     sha256: str
+    parts: tuple[Part, ...]
     fidelity: Mapping[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def hashes(self) -> list[str]:
+        """Hashes of its parts."""
+        return [part.sha256 for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -70,20 +102,28 @@ class EmulatorPackage:
     Attributes:
         manifest: What it is.
         config: Configuration of the full model; blocks are taken out of a network built from it.
-        weights: A safetensors file.
+        parts: Its parts by hash, or those of them that were sent.
     """
 
     manifest: Manifest
     config: Mapping[str, Any]
-    weights: bytes
+    parts: Mapping[str, bytes]
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    def build(
+        self, device: torch.device, dtype: torch.dtype, memory: Memory | None = None
+    ) -> transformers.PreTrainedModel:
         """Return the network, frozen, in evaluation mode.
+
+        Args:
+            device: Where it is to compute.
+            dtype: Type in which it is to compute.
+            memory: Parts that are in memory already, to be shared; those that are not are added.
 
         Raises:
             EmulatorError: If weights and configuration do not fit each other.
         """
         manifest = self.manifest
+        memory = {} if memory is None else memory
         try:
             model = skeleton(
                 manifest.architecture,
@@ -93,8 +133,10 @@ class EmulatorPackage:
                 dtype,
                 layers=manifest.layers,
             )
-            state = safetensors.torch.load(self.weights)
-            _load_untied(model, state)
+            self._read_into(memory)
+            weights = [memory[p.sha256] for p in self.manifest.parts if p.name != UPDATE]
+            fill(model, self.full_names(untied_state(model)), weights, device)
+            self._add_update(model, memory, device, dtype)
         except EmulatorError:
             raise
         except (
@@ -106,48 +148,132 @@ class EmulatorPackage:
             ) from error
         return frozen(model, device)
 
-    def to_payload(self) -> Payload:
-        """Return the emulator as a message."""
+    def full_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the name in the full model of each tensor or layer of the network."""
+        blocks, kept = self.manifest.blocks, self.manifest.source_blocks
+        return blocks.select(kept).rename(names, blocks, dict(enumerate(kept)))
+
+    def own_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the name in the network of each tensor or layer of the full model."""
+        blocks, kept = self.manifest.blocks, self.manifest.source_blocks
+        return blocks.rename(names, blocks.select(kept), {i: place for place, i in enumerate(kept)})
+
+    def _read_into(self, memory: Memory) -> None:
+        for part in self.manifest.parts:
+            if part.sha256 not in memory:
+                memory[part.sha256] = read_part(self.parts[part.sha256])
+
+    def _add_update(
+        self, model: nn.Module, memory: Memory, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        factors = {
+            name: tensor.to(device, dtype)
+            for part in self.manifest.parts
+            if part.name == UPDATE
+            for name, tensor in memory[part.sha256].items()
+        }
+        own = self.own_names(factors)
+        add_update(model, {own[name]: tensor for name, tensor in factors.items()})
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Return the factors of its low-rank update by their layers' names in the full model."""
+        parts = [part.sha256 for part in self.manifest.parts if part.name == UPDATE]
+        return {name: t for sha256 in parts for name, t in read_part(self.parts[sha256]).items()}
+
+    def with_parts(self, changed: Mapping[str, Tensors]) -> EmulatorPackage:
+        """Return the emulator with other tensors in some parts, by their names; none for no part.
+
+        Tensors are rounded to the type of the emulator's weights.
+        """
+        dtype = getattr(torch, self.manifest.dtype)
+        contents = {part.name: self.parts[part.sha256] for part in self.manifest.parts}
+        for name, tensors in changed.items():
+            if not tensors:
+                contents.pop(name, None)
+            else:
+                stored = {n: _stored(t, dtype).contiguous() for n, t in tensors.items()}
+                contents[name] = part_bytes(stored)
+        listed = tuple(Part(n, part_hash(c), len(c)) for n, c in contents.items())
+        manifest = replace(
+            self.manifest, parts=listed, num_bytes=sum(part.num_bytes for part in listed)
+        )
+        manifest = replace(manifest, sha256=identity(self.config, manifest))
+        by_hash = {part_hash(content): content for content in contents.values()}
+        return EmulatorPackage(manifest, self.config, by_hash)
+
+    def to_payload(self, held: Collection[str] = ()) -> Payload:
+        """Return the emulator as a message, without the parts that somebody holds.
+
+        Args:
+            held: Beginnings of the hashes of parts, as ``short`` gives them.
+        """
         record = {"manifest": asdict(self.manifest), "config": dict(self.config)}
-        return Payload({"weights": np.frombuffer(self.weights, np.uint8)}, record)
+        arrays = {
+            sha256: np.frombuffer(content, np.uint8)
+            for sha256, content in self.parts.items()
+            if short(sha256) not in held
+        }
+        return Payload(arrays, record)
 
     @classmethod
     def from_payload(cls, payload: Payload) -> EmulatorPackage:
-        """Return the emulator in a message, its hash verified.
+        """Return the emulator in a message, what came of it verified.
 
         Raises:
-            EmulatorError: If the message lacks a part, or the hash does not fit.
+            EmulatorError: If the message is of another kind, or a hash does not fit.
         """
         try:
             manifest = _manifest_from_dict(payload.record["manifest"])
-            package = cls(manifest, payload.record["config"], payload.arrays["weights"].tobytes())
-        except (KeyError, TypeError) as error:
+            parts = {sha256: array.tobytes() for sha256, array in payload.arrays.items()}
+            package = cls(manifest, dict(payload.record["config"]), parts)
+        except (KeyError, TypeError, ValueError) as error:
             raise EmulatorError(f"not an emulator: {error!r}") from error
         package.verify()
         return package
 
     def verify(self) -> None:
-        """Check that the weights are those that the manifest names.
+        """Check that manifest, configuration and parts belong together.
 
         Raises:
-            EmulatorError: If they are not.
+            EmulatorError: If they do not.
         """
-        wanted, got = self.manifest.sha256, identity(self.weights, self.config, self.manifest)
+        wanted, got = self.manifest.sha256, identity(self.config, self.manifest)
         if got != wanted:
             raise EmulatorError(
                 f"emulator is damaged: its hash must be {wanted[:12]}, got {got[:12]}"
             )
+        listed = {part.sha256: part for part in self.manifest.parts}
+        for sha256, content in self.parts.items():
+            if sha256 not in listed:
+                raise EmulatorError(f"part {sha256[:12]} is none of emulator {wanted[:12]}")
+            part = listed[sha256]
+            if len(content) != part.num_bytes:
+                raise EmulatorError(
+                    f"emulator is damaged: its {part.name} must have {part.num_bytes} bytes, "
+                    f"got {len(content)}"
+                )
+            if (got := part_hash(content)) != sha256:
+                raise EmulatorError(
+                    f"emulator is damaged: the hash of its {part.name} must be {sha256[:12]}, "
+                    f"got {got[:12]}"
+                )
 
     def save(self, folder: Path) -> None:
         """Write weights, the full model's configuration and the manifest into a folder."""
+        weights: dict[str, torch.Tensor] = {}
         with replace_folder(folder) as temporary:
-            (temporary / "model.safetensors").write_bytes(self.weights)
+            for part in self.manifest.parts:
+                if part.name == UPDATE:
+                    (temporary / UPDATE_FILE).write_bytes(self.parts[part.sha256])
+                else:
+                    weights |= safetensors.torch.load(self.parts[part.sha256])
+            (temporary / WEIGHTS_FILE).write_bytes(part_bytes(weights))
             (temporary / "config.json").write_text(json.dumps(dict(self.config), indent=2))
             (temporary / "manifest.json").write_text(json.dumps(asdict(self.manifest), indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> EmulatorPackage:
-        """Read a folder that ``save`` wrote, its hash verified.
+        """Read a folder that ``save`` wrote, its hashes verified.
 
         Raises:
             EmulatorError: If a file is missing or damaged.
@@ -155,11 +281,25 @@ class EmulatorPackage:
         try:
             manifest = _manifest_from_dict(json.loads((folder / "manifest.json").read_text()))
             config = json.loads((folder / "config.json").read_text())
-            package = cls(manifest, config, (folder / "model.safetensors").read_bytes())
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+            updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise EmulatorError(f"cannot read emulator {folder}: {error}") from error
+        parts = _parts(weights, manifest.blocks)[1]
+        parts |= {part_hash(content): content for content in updates}
+        package = cls(manifest, config, parts)
         package.verify()
+        if lacking := package.lacking():
+            raise EmulatorError(f"emulator is damaged: it lacks {', '.join(lacking)}")
         return package
+
+    def lacking(self, held: Collection[str] = ()) -> list[str]:
+        """Return the names of the parts that are neither here nor among those held."""
+        return [
+            part.name
+            for part in self.manifest.parts
+            if part.sha256 not in self.parts and short(part.sha256) not in held
+        ]
 
     def with_fidelity(self, fidelity: Mapping[str, float]) -> EmulatorPackage:
         """Return the same emulator with what was measured of it."""
@@ -190,10 +330,10 @@ def pack_emulator(
         parent_sha256: Fingerprint of the full model's weights.
     """
     state = {
-        name: _stored(tensor, dtype).contiguous()
-        for name, tensor in _untied_state(emulator).items()
+        name: _stored(tensor, dtype).contiguous() for name, tensor in untied_state(emulator).items()
     }
-    weights = bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+    names = blocks.select(source_blocks).rename(state, blocks, dict(enumerate(source_blocks)))
+    listed, parts = _parts({names[name]: tensor for name, tensor in state.items()}, blocks)
     config = json.loads(parent.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the owner keeps the model is nobody's business
     config["dtype"] = str(dtype).split(".")[-1]
@@ -204,27 +344,35 @@ def pack_emulator(
         source_blocks=tuple(source_blocks),
         layers=tuple(layers),
         num_parameters=num_parameters(emulator),
-        num_bytes=len(weights),
+        num_bytes=sum(part.num_bytes for part in listed),
         dtype=str(dtype).split(".")[-1],
         parent_sha256=parent_sha256,
         sha256="",
+        parts=listed,
     )
-    manifest = replace(manifest, sha256=identity(weights, config, manifest))
-    return EmulatorPackage(manifest, config, weights)
+    manifest = replace(manifest, sha256=identity(config, manifest))
+    return EmulatorPackage(manifest, config, parts)
 
 
-def identity(weights: bytes, config: Mapping[str, Any], manifest: Manifest) -> str:
-    """Return the hash that names an emulator: of its weights and of how to use them."""
-    digest = hashlib.sha256(weights)
+def identity(config: Mapping[str, Any], manifest: Manifest) -> str:
+    """Return the hash that names an emulator: of its parts' hashes and of how to use them."""
     use = [
         dict(config),
         manifest.architecture,
         asdict(manifest.blocks),
         manifest.source_blocks,
         [asdict(spec) for spec in manifest.layers],
+        [asdict(part) for part in manifest.parts],
     ]
-    digest.update(json.dumps(use, sort_keys=True).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(use, sort_keys=True).encode()).hexdigest()
+
+
+def _parts(state: Tensors, blocks: Blocks) -> tuple[tuple[Part, ...], dict[str, bytes]]:
+    """Return the parts of a state as the manifest lists them, and their bytes by hash."""
+    contents = {name: part_bytes(tensors) for name, tensors in split(state, blocks).items()}
+    parts = [Part(name, part_hash(content), len(content)) for name, content in contents.items()]
+    by_hash = {part_hash(content): content for content in contents.values()}
+    return tuple(parts), by_hash
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -233,37 +381,14 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to("cpu", dtype if rounds else tensor.dtype)
 
 
-def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state without second names of one tensor, which safetensors would refuse."""
-    seen: set[int] = set()
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
-
-
-def _load_untied(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load strictly: every tensor of the model, tied ones once, and none besides."""
-    wanted = _untied_state(model)
-    if set(wanted) != set(state):
-        raise EmulatorError(
-            f"tensors differ from the configuration's: {sorted(set(wanted) ^ set(state))[:5]}"
-        )
-    for name, tensor in wanted.items():
-        if tensor.shape != state[name].shape:
-            wanted_shape, got = tuple(tensor.shape), tuple(state[name].shape)
-            raise EmulatorError(f"{name} must have shape {wanted_shape}, got {got}")
-        with torch.no_grad():
-            tensor.copy_(state[name])
-
-
 def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
     if (schema := data.get("schema")) != SCHEMA:
         raise EmulatorError(f"emulator schema must be {SCHEMA}, got {schema!r}")
     lists = [BlockList(tuple(i["paths"]), int(i["num_blocks"])) for i in data["blocks"]["lists"]]
     blocks = Blocks(tuple(lists))
+    parts = tuple(
+        Part(str(p["name"]), str(p["sha256"]), int(p["num_bytes"])) for p in data["parts"]
+    )
     source_blocks, layers = tuple(data["source_blocks"]), read_specs(data["layers"])
-    parts = {"blocks": blocks, "source_blocks": source_blocks, "layers": layers}
-    return Manifest(**{**data, **parts})
+    read = {"blocks": blocks, "source_blocks": source_blocks, "layers": layers, "parts": parts}
+    return Manifest(**{**data, **read})

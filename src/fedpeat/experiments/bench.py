@@ -12,30 +12,31 @@ from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.control.fixed import FixedController
+from fedpeat.core.errors import DataError
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
 from fedpeat.core.wire import Payload, decode
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.experiments.emulators import make_emulator
+from fedpeat.experiments.emulators import make_emulators, rung_name
+from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
-from fedpeat.federated.participant import EmulatorShelf, Participant, hold_message
-from fedpeat.federated.rounds import Federation, Rung
+from fedpeat.federated.participant import Participant
+from fedpeat.federated.rounds import Federation
 from fedpeat.federated.screening import Limits
+from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import Blocks, find_blocks
 from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["Bench", "make_controller", "make_federation", "set_up"]
-
-EMULATOR_RUNG = "emulator"
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Bench:
         data: Who owns which text or images.
         blocks: The full model's block list.
         loaded: The full model; the server's adapter is attached to it.
+        tuned: Blocks of the full model that the adapter sits on.
         server: The full model with the adapter.
         shelf: Emulators in memory, shared by all simulated devices.
-        package: The emulator that devices hold; None where there are no devices.
+        packages: The emulators that devices hold by the names of their rungs, the largest first;
+            none where there are no devices. They change when they are aligned anew.
+        stored_parts: Hashes of the emulators' parts that the run folder has.
         participants: Simulated devices by id.
-        rung: The emulator as the round loop sees it.
         zero_shot: Quality of the untouched full model on the test split.
     """
 
@@ -59,17 +62,49 @@ class Bench:
     data: FederatedData[Examples]
     blocks: Blocks
     loaded: LoadedModel
+    tuned: list[int]
     server: Tunable
     shelf: EmulatorShelf
-    package: EmulatorPackage | None
+    packages: dict[str, EmulatorPackage]
+    stored_parts: frozenset[str]
     participants: dict[str, Participant]
-    rung: Rung | None
     zero_shot: Quality
 
     @property
     def task(self) -> Task:
         """What the model does."""
         return task_of(self.config)
+
+    @property
+    def protected(self) -> list[int]:
+        """Blocks that an emulator keeps as they are; none where every kept block is tuned."""
+        return [] if self.config.adapter.placement == "all" else self.tuned
+
+    @property
+    def package(self) -> EmulatorPackage | None:
+        """The emulator of the top rung; None where there are no devices."""
+        return next(iter(self.packages.values()), None)
+
+    def rungs(self) -> dict[str, Rung]:
+        """Return the emulators as the round loop sees them, by name, put on the shelf."""
+        rungs = {}
+        for name, package in self.packages.items():
+            kept = set(package.manifest.source_blocks)
+            rungs[name] = Rung.of(
+                package,
+                self.config.adapter,
+                [index for index in self.tuned if index in kept],
+                self._tensors_of(kept),
+            )
+        current = hashes_of(rungs.values())
+        for rung in rungs.values():
+            self.shelf.put(decode(rung.hold_message(rung.parts, current)))
+        return rungs
+
+    def _tensors_of(self, kept: set[int]) -> frozenset[str]:
+        """Return the names of the adapter's tensors that a network with some blocks has."""
+        places = {name: self.blocks.locate(name) for name in self.server.parameters}
+        return frozenset(n for n, index in places.items() if index is None or index in kept)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +141,11 @@ def set_up(
         data = task.read(config, loaded)
     if pools_data:
         data, config = pooled(data, config)
+    if config.server.realign_every and data.server is None:
+        raise DataError(
+            "server.realign_every needs data of the server and there is none; raise "
+            "data.server_ratio above 0"
+        )
     zero_shot = evaluate(loaded.model, data.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,
@@ -115,15 +155,11 @@ def set_up(
     )
     dtype = next(loaded.model.parameters()).dtype
     shelf = EmulatorShelf(next(loaded.model.parameters()).device, dtype)
-    package = None
+    packages: dict[str, EmulatorPackage] = {}
     if data.clients:
-        package = _emulator(config, folder, loaded, blocks, tuned, data, observer)
+        packages = _emulators(config, folder, loaded, blocks, tuned, data, observer)
         if config.adapter.placement == "all":
-            tuned = list(package.manifest.source_blocks)
-    rung = None
-    if package is not None:
-        rung = Rung(package.manifest.sha256, hold_message(package, config.adapter, tuned))
-        shelf.put(decode(rung.hold_message))
+            tuned = list(next(iter(packages.values())).manifest.source_blocks)
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
@@ -133,12 +169,23 @@ def set_up(
         f"private {task.unit}; adapter {config.adapter.method} on blocks {tuned}, "
         f"{server.num_parameters:,} parameters"
     )
+    stored = frozenset(sha256 for package in packages.values() for sha256 in package.parts)
     return Bench(
-        config, data, blocks, loaded, server, shelf, package, participants, rung, zero_shot
+        config,
+        data,
+        blocks,
+        loaded,
+        tuned,
+        server,
+        shelf,
+        packages,
+        stored,
+        participants,
+        zero_shot,
     )
 
 
-def _emulator(
+def _emulators(
     config: Config,
     folder: RunFolder,
     loaded: LoadedModel,
@@ -146,33 +193,38 @@ def _emulator(
     tuned: list[int],
     data: FederatedData[Examples],
     observer: Observer,
-) -> EmulatorPackage:
-    """Make the emulator, or take the one that this run made before it was interrupted."""
-    path = folder.path / "emulator"
-    if (path / "manifest.json").exists():
-        package = EmulatorPackage.load(path)
-        if package.manifest.parent_sha256 == loaded.sha256:
-            return package
+) -> dict[str, EmulatorPackage]:
+    """Make the emulators, or take those that this run made before it was interrupted."""
+    names = [rung_name(ratio) for ratio in config.emulator.rungs]
+    paths = {name: folder.path / "rungs" / name for name in names}
+    paths[names[0]] = folder.path / "emulator"
+    if (paths[names[0]] / "manifest.json").exists():  # it is saved last
+        packages = {name: EmulatorPackage.load(path) for name, path in paths.items()}
+        if packages[names[0]].manifest.parent_sha256 == loaded.sha256:
+            return packages
     protected = [] if config.adapter.placement == "all" else tuned
-    package = make_emulator(
+    packages = make_emulators(
         loaded,
         blocks,
         protected,
         config.emulator,
         data,
-        task_of(config),
+        task_of(config).metric,
         seed=config.seed,
         observer=observer,
+        probe=Probe.of(config),
     )
-    package.save(path)
-    return package
+    for name in reversed(names):
+        packages[name].save(paths[name])
+    return packages
 
 
 def make_controller(bench: Bench) -> Controller:
     config = bench.config
     participates = config.server.participates and bench.data.server is not None
     return FixedController(
-        rung=EMULATOR_RUNG,
+        rung=next(iter(bench.packages), ""),
+        client_rungs=_client_rungs(bench),
         fraction_train=config.federated.fraction_train,
         local_steps=config.local.local_steps,
         server_steps=(config.server.server_steps or config.local.local_steps)
@@ -180,6 +232,11 @@ def make_controller(bench: Bench) -> Controller:
         else 0,
         seed=config.seed,
     )
+
+
+def _client_rungs(bench: Bench) -> dict[str, str]:
+    names = [rung_name(ratio) for ratio in bench.config.federated.client_rungs]
+    return dict(zip(sorted(bench.participants), cycle(names), strict=False))
 
 
 def make_federation(bench: Bench, controller: Controller) -> Federation:
@@ -217,7 +274,7 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
     return Federation(
         transport=transport,
         controller=controller,
-        rungs={EMULATOR_RUNG: bench.rung} if bench.rung is not None else {},
+        rungs=bench.rungs(),
         lora=_lora_aggregation(bench),
         optimizer=ServerOptimizer(
             fed.server_optimizer,

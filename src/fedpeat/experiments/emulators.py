@@ -1,9 +1,9 @@
-"""Make the emulator of a run: choose blocks, take the recipe's other steps, measure, and pack."""
+"""Make the emulators of a run: choose blocks, take the recipe's other steps, measure, and pack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -17,30 +17,32 @@ from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
-from fedpeat.emulator.selection import choose_blocks
+from fedpeat.emulator.selection import choose_rungs
 from fedpeat.emulator.width import leave_out_neurons
+from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreement
+from fedpeat.experiments.ladder import Ladder
 from fedpeat.experiments.observer import Observer
-from fedpeat.experiments.tasks import Task
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.layers import LayerSpec
 from fedpeat.model.loading import DTYPES, LoadedModel
-from fedpeat.tuning.distillation import DistillSettings, Pair, Terms, distill, measure_fidelity
+from fedpeat.tuning.distillation import DistillSettings, Terms, distill, measure_fidelity
 from fedpeat.tuning.loss import batch_of
 
-__all__ = ["make_emulator"]
+__all__ = ["distill_settings", "make_emulators", "rung_name"]
+
+
+def rung_name(ratio: float) -> str:
+    """Return the name of a rung: the share of the blocks that it keeps."""
+    return f"{ratio:g}"
 
 
 @dataclass(frozen=True)
 class _Workpiece:
-    """An emulator in the making.
+    """The emulators in the making; what is done to a block is done to it on every rung.
 
     Attributes:
-        teacher: The full model.
-        student: The emulator, changed by one step after the other.
-        blocks: The full model's blocks.
-        kept: Those of them that the emulator has.
-        tuned: Those that stay as they are.
+        ladder: Full model and emulators.
         batches: Examples to look at.
         config: How to distil.
         data: Who owns which text or images.
@@ -48,35 +50,29 @@ class _Workpiece:
         observer: Is told the progress.
     """
 
-    teacher: transformers.PreTrainedModel
-    student: transformers.PreTrainedModel
-    blocks: Blocks
-    kept: Sequence[int]
-    tuned: frozenset[int]
+    ladder: Ladder
     batches: Sequence[Batch]
     config: EmulatorConfig
     data: FederatedData[Examples]
     seed: int
     observer: Observer
 
-    @property
-    def middle(self) -> list[int]:
-        """Places in the emulator of the blocks that are not tuned."""
-        return [place for place, index in enumerate(self.kept) if index not in self.tuned]
 
-
-def make_emulator(
+def make_emulators(
     loaded: LoadedModel,
     blocks: Blocks,
     tuned: Sequence[int],
     config: EmulatorConfig,
     data: FederatedData[Examples],
-    task: Task,
+    metric: str,
     *,
     seed: int,
     observer: Observer,
-) -> EmulatorPackage:
-    """Return the emulator of a model.
+    probe: Probe | None = None,
+) -> dict[str, EmulatorPackage]:
+    """Return the emulators of a model by the names of their rungs, the largest first.
+
+    The blocks of a rung are among those of the rung above it, with the same weights.
 
     Args:
         loaded: The full model, without an adapter.
@@ -85,53 +81,95 @@ def make_emulator(
             every kept block.
         config: What to keep and how to distil.
         data: The server's own is used to distil, the validation split to measure.
-        task: What the model does.
+        metric: What measures the emulators beside the full model.
         seed: Seed of distillation.
         observer: Is told the progress, and what fidelity the budget bought.
+        probe: The adapter that the emulator is for, to measure its gradients; None leaves that out.
 
     Raises:
         EmulatorError: If there is nothing to compress, or no data to distil on.
     """
-    recipe = parse_recipe(config.recipe)
+    top = parse_recipe(config.recipe)
+    recipes = {rung_name(top.ratio): top}
+    recipes |= {rung_name(ratio): top.at(ratio) for ratio in config.lower_rungs}
     batches = _calibration(loaded, data, config)
-    kept = choose_blocks(recipe.selection, loaded.model, blocks, tuned, batches)
-    student = build_from_blocks(loaded.model, blocks, kept)
-    piece = _Workpiece(
-        loaded.model,
-        student,
-        blocks,
-        kept,
-        frozenset(tuned),
-        batches,
-        config,
-        data,
-        seed,
-        observer,
+    steps = [recipe.selection for recipe in recipes.values()]
+    kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
+    student = build_from_blocks(loaded.model, blocks, kept[0])
+    ladder = Ladder(
+        loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), frozenset(tuned)
     )
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layers: list[LayerSpec] = []
-    fidelity: dict[str, float] = {}
-    if not recipe.is_full:
-        before = measure_fidelity(_pair(piece), data.validation, 16, task.metric)
-        for step in recipe.steps[1:]:
+    fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
+    if not top.is_full:
+        piece = _Workpiece(ladder, batches, config, data, seed, observer)
+        before = _fidelity(ladder, data.validation, metric)
+        for step in top.steps[1:]:
             if step.name in _AFTER_ROUNDING:
                 _round(student, dtype)
             layers += STEPS[step.name](piece, step)
         _round(student, dtype)  # measure what will be sent
-        fidelity = measure_fidelity(_pair(piece), data.validation, 16, task.metric)
-        fidelity |= {f"{name}_before": value for name, value in before.items()}
-        observer.message(_fidelity_line(recipe, kept, fidelity, task.metric))
-    package = pack_emulator(
-        student,
-        loaded.model,
-        blocks,
-        kept,
-        layers=layers,
-        recipe=str(recipe),
-        dtype=dtype,
-        parent_sha256=loaded.sha256,
-    )
-    return package.with_fidelity(fidelity)
+        fidelity = _fidelity(ladder, data.validation, metric)
+        for name, recipe in recipes.items():
+            fidelity[name] |= {f"{key}_before": value for key, value in before[name].items()}
+            observer.message(_fidelity_line(recipe, ladder.kept[name], fidelity[name], metric))
+    packages = {}
+    for name, recipe in recipes.items():
+        with ladder.rung(name):
+            package = pack_emulator(
+                student,
+                loaded.model,
+                blocks,
+                ladder.kept[name],
+                layers=ladder.specs_of(name, layers),
+                recipe=str(recipe),
+                dtype=dtype,
+                parent_sha256=loaded.sha256,
+            )
+        packages[name] = package.with_fidelity(fidelity[name])
+    if top.is_full or probe is None:
+        return packages
+    for name, package in packages.items():
+        agreement = _agreement(loaded.model, ladder, name, package, data, probe, seed)
+        observer.message(agreement_line(agreement))
+        packages[name] = package.with_fidelity({**fidelity[name], **agreement})
+    return packages
+
+
+def _agreement(
+    model: transformers.PreTrainedModel,
+    ladder: Ladder,
+    name: str,
+    package: EmulatorPackage,
+    data: FederatedData[Examples],
+    probe: Probe,
+    seed: int,
+) -> dict[str, float]:
+    """Return how what devices build from a rung's bytes agrees with the full model."""
+    computed, kept = next(model.parameters()), list(ladder.kept[name])
+    student = package.build(computed.device, computed.dtype)
+    with replace(ladder, student=student, kept={name: kept}).rung(name) as pair:
+        return measure_agreement(
+            model,
+            student,
+            pair.meetings,
+            ladder.blocks,
+            kept,
+            sorted(ladder.tuned) or kept,
+            data,
+            probe,
+            seed=seed,
+        )
+
+
+def _fidelity(ladder: Ladder, data: Examples, metric: str) -> dict[str, dict[str, float]]:
+    """Return what is measured of each rung on the validation split."""
+    measured = {}
+    for name in ladder.kept:
+        with ladder.rung(name) as pair:
+            measured[name] = measure_fidelity(pair, data, 16, metric)
+    return measured
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -140,20 +178,6 @@ def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize:
                 tensor.copy_(tensor.to(dtype))
-
-
-def _pair(piece: _Workpiece) -> Pair:
-    """Pair each kept block of the middle with the last of the blocks that it stands in for."""
-    blocks, kept = piece.blocks, piece.kept
-    own = blocks.select(kept)
-    ends = {start + item.num_blocks for item, start in blocks.starts}
-    meetings = []
-    for place in piece.middle or [len(kept) - 1]:
-        end = next(end for end in sorted(ends) if end > kept[place])
-        following = kept[place + 1] if place + 1 < len(kept) else end
-        last = min(following, end) - 1
-        meetings.append((blocks.output(piece.teacher, last), own.output(piece.student, place)))
-    return Pair(piece.teacher, piece.student, meetings)
 
 
 def _calibration(
@@ -179,16 +203,30 @@ def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
             "emulator.recipe distills, which needs data of the server; raise data.server_ratio "
             "above 0"
         )
-    own = piece.blocks.select(piece.kept)
-    trainable = [
-        parameter
-        for place in piece.middle
-        for _, part in own.parts(piece.student, place)
-        for parameter in part.parameters()
-    ]
-    config = piece.config
-    settings = DistillSettings(
-        num_tokens=int(step.value),
+    ladder, settings = piece.ladder, distill_settings(piece.config, int(step.value))
+    for name in reversed(list(ladder.kept)):
+        title = "distil emulator" if len(ladder.kept) == 1 else f"distil rung {name}"
+
+        def progress(done: int, total: int, loss: float, title: str = title) -> None:
+            piece.observer.progress(title, done, total, f"loss {loss:.3f}")
+
+        trainable = ladder.added(name)
+        with ladder.rung(name) as pair, torch.random.fork_rng(devices=[]):
+            distill(
+                pair,
+                trainable,
+                piece.data.server,
+                settings,
+                seed=derive_seed(piece.seed, "distill"),
+                progress=progress,
+            )
+    return []
+
+
+def distill_settings(config: EmulatorConfig, num_tokens: int) -> DistillSettings:
+    """Return how emulators are distilled, within a budget of tokens."""
+    return DistillSettings(
+        num_tokens=num_tokens,
         terms=Terms(
             lm=config.distill_lm_weight,
             hidden=config.distill_hidden_weight,
@@ -198,37 +236,25 @@ def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
         learning_rate=config.distill_learning_rate,
         batch_size=config.distill_batch_size,
     )
-    with torch.random.fork_rng(devices=[]):
-        distill(
-            _pair(piece),
-            trainable,
-            piece.data.server,
-            settings,
-            seed=derive_seed(piece.seed, "distill"),
-            progress=lambda done, total, loss: piece.observer.progress(
-                "distil emulator", done, total, f"loss {loss:.3f}"
-            ),
-        )
-    return []
 
 
 def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    own = piece.blocks.select(piece.kept)
-    return factorise(piece.student, own, piece.middle, step.value, piece.batches)
+    ladder = piece.ladder
+    return factorise(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
 
 
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    if not piece.tuned:
+    if not piece.ladder.tuned:
         raise EmulatorError(
             f"emulator.recipe {step} would leave out neurons of blocks that the adapter sits on; "
             "adapter.placement must be ends or top, got all; low_rank, int8 and int4 work with all"
         )
-    own = piece.blocks.select(piece.kept)
-    return leave_out_neurons(piece.student, own, piece.middle, step.value, piece.batches)
+    ladder = piece.ladder
+    return leave_out_neurons(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
 
 
 def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    return store_in_few_bits(piece.student, "int8" if step.name == "int8" else "int4")
+    return store_in_few_bits(piece.ladder.student, "int8" if step.name == "int8" else "int4")
 
 
 STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {

@@ -160,7 +160,7 @@ def inspect(
         network = _load(name, revision, device, trust_remote_code=trust_remote_code)
     found = find_blocks(network, blocks, cut)
     batch = _inputs(network, inputs)
-    with evaluating(network):
+    with evaluating(network), _frozen(network):
         with _refused(f"{type(network).__name__} does not run with {', '.join(batch)}"):
             _outputs(network, batch)
         if blocks is not None or not isinstance(network, transformers.PreTrainedModel):
@@ -233,6 +233,19 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> list[torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # some attention hashes at random
         return list(tensors_in(model(**batch)))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter be trained for a while: PyTorch computes some of them by other formulas."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 @contextmanager

@@ -44,7 +44,22 @@ def _whole_blocks(config: Config) -> Config:
 
 
 def _full_model(config: Config) -> Config:
+    config = _one_rung(config)
     return replace(config, emulator=replace(config.emulator, recipe="full"))
+
+
+def _one_rung(config: Config) -> Config:
+    """Leave out the ladder, where all hold the same."""
+    return replace(
+        config,
+        emulator=replace(config.emulator, lower_rungs=()),
+        federated=replace(config.federated, client_rungs=()),
+        server=replace(config.server, realign_every=0),
+    )
+
+
+def _alone(config: Config) -> Config:
+    return _one_rung(_plain_average(config))
 
 
 def _all_weights(config: Config) -> Config:
@@ -62,7 +77,7 @@ METHODS: dict[str, MethodPlan] = {
     "fed_peft": MethodPlan(_full_model),
     "fed_ft": MethodPlan(_all_weights),
     "centralized": MethodPlan(_pooled, pools_data=True),
-    "local": MethodPlan(_plain_average),
+    "local": MethodPlan(_alone),
     "zero_shot": MethodPlan(_no_rounds),
 }
 

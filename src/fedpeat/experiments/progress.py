@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from fedpeat.adapter.lora import State
 from fedpeat.core.errors import CheckpointError
 from fedpeat.core.records import Controller, RoundResult
 from fedpeat.core.run_folder import Checkpoint
+from fedpeat.core.wire import Payload
+from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.observer import Observer
+from fedpeat.experiments.realign import is_due, realigned
 from fedpeat.federated.aggregation import LoraAggregation
 from fedpeat.federated.rounds import Federation, FederationState, is_better, peak_rss_bytes
 from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["Progress", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 1
+SCHEMA = 3
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -55,6 +59,7 @@ def one_round(
 ) -> Progress:
     num_rounds, every = bench.config.federated.num_rounds, bench.config.evaluation.every
     start = time.perf_counter()
+    refresh_bytes = _realign(bench, federation, progress.state, observer)
     state, result = federation.run_round(progress.state, progress.best_quality)
     best, best_quality, record = progress.best, progress.best_quality, None
     if state.server_round % every == 0 or state.server_round == num_rounds:
@@ -67,9 +72,30 @@ def one_round(
         if is_better(metric, quality.value(metric), best_quality):
             best, best_quality = state.adapter, quality.value(metric)
     elapsed = progress.history[-1]["elapsed_seconds"] + time.perf_counter() - start
-    line = asdict(replace(result, quality=record, elapsed_seconds=elapsed))
+    line = asdict(
+        replace(result, quality=record, elapsed_seconds=elapsed, refresh_bytes=refresh_bytes)
+    )
     observer.round(line, num_rounds)
     return Progress(state, best, best_quality, (*progress.history, line))
+
+
+def _realign(
+    bench: Bench, federation: Federation, state: FederationState, observer: Observer
+) -> dict[str, int]:
+    """Align the emulators anew if it is time; return how many bytes of each are new, by rung."""
+    server_round = state.server_round + 1
+    if not is_due(bench.config.server.realign_every, server_round):
+        return {}
+    new = realigned(bench, state.adapter, server_round)
+    num_bytes = {
+        name: sum(len(part) for sha256, part in package.parts.items() if sha256 not in old.parts)
+        for (name, package), old in zip(new.items(), bench.packages.values(), strict=True)
+    }
+    bench.packages.update(new)
+    federation.rungs = bench.rungs()
+    told = ", ".join(f"{name} ({count:,} bytes)" for name, count in num_bytes.items())
+    observer.message(f"aligned anew before round {server_round}: {told}")
+    return num_bytes
 
 
 def _quality_record(quality: Quality, metric: str) -> dict[str, Any]:
@@ -82,6 +108,12 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
         "adapter": progress.state.adapter,
         "best": progress.best,
         "moments": progress.state.moments,
+        "parts": {
+            sha256: np.frombuffer(part, np.uint8)
+            for package in bench.packages.values()
+            for sha256, part in package.parts.items()
+            if sha256 not in bench.stored_parts
+        },
     }
     return Checkpoint(
         progress.state.server_round,
@@ -97,8 +129,8 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "num_barren_rounds": progress.state.num_barren_rounds,
             "history": list(progress.history),
             "controller": dict(controller.state()),
-            "held": {c: p.held for c, p in bench.participants.items()},
-            "kept": {c: p.kept for c, p in bench.participants.items()},
+            "emulators": {n: asdict(p.manifest) for n, p in bench.packages.items()},
+            "devices": {c: p.inventory() for c, p in bench.participants.items()},
             "parent_sha256": bench.loaded.sha256,
         },
     )
@@ -136,10 +168,41 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
     )
-    rule = bench.config.federated.lora_aggregation
-    parts = LoraAggregation(rule).lasting_parts(state.adapter)
-    for client_id, held in saved["held"].items():
-        kept = parts.get(saved["kept"][client_id], {})  # of an older adapter: of no use any more
-        bench.participants[client_id].restore(held, kept)
+    _restore_emulators(bench, saved["emulators"], part("parts/"))
+    lasting = _lasting_parts(bench, state.adapter)
+    for client_id, inventory in saved["devices"].items():
+        kept = lasting.get(inventory["kept"], {})  # of an older adapter: of no use any more
+        bench.participants[client_id].restore(inventory, kept)
     bench.server.load(state.adapter)
     return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))
+
+
+def _restore_emulators(
+    bench: Bench, manifests: Mapping[str, Any], parts: Mapping[str, np.ndarray]
+) -> None:
+    """Have again the emulators as they were last aligned; the folder has them as they were made."""
+    made = {
+        sha256: np.frombuffer(content, np.uint8)
+        for package in bench.packages.values()
+        for sha256, content in package.parts.items()
+    }
+    for name, manifest in manifests.items():
+        wanted = [item["sha256"] for item in manifest["parts"]]
+        arrays = {s: a for s, a in {**made, **parts}.items() if s in wanted}
+        record = {"manifest": manifest, "config": bench.packages[name].config}
+        bench.packages[name] = EmulatorPackage.from_payload(Payload(arrays, record))
+        if lacking := bench.packages[name].lacking():
+            raise CheckpointError(
+                f"cannot resume: emulator {name} lacks {', '.join(lacking)}; start anew with "
+                "--overwrite"
+            )
+
+
+def _lasting_parts(bench: Bench, adapter: State) -> dict[str, State]:
+    """Return the parts of the adapter that a device on any rung may have kept, by their hash."""
+    lora = LoraAggregation(bench.config.federated.lora_aggregation)
+    return {
+        sha256: part
+        for rung in bench.rungs().values()
+        for sha256, part in lora.lasting_parts(rung.own(adapter)).items()
+    }

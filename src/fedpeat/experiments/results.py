@@ -13,6 +13,7 @@ import numpy as np
 from fedpeat import __version__
 from fedpeat.adapter.tunable import adapter_facts
 from fedpeat.config.recipe import parse_recipe
+from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.progress import Progress
 from fedpeat.federated.rounds import is_better, peak_rss_bytes
@@ -20,6 +21,7 @@ from fedpeat.tuning.evaluation import BESIDE, Quality, evaluate
 
 __all__ = ["gap_closed", "mean_summary", "quality_table", "summarize", "versions"]
 
+_BYTES = ("bytes_down", "bytes_up", "bytes_emulator")
 QUALITIES = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 
 
@@ -35,7 +37,8 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "num_rounds": progress.state.server_round,
         "num_clients": len(bench.data.clients),
         "best_round": _best_round(progress),
-        "emulator": _emulator_facts(bench),
+        "emulator": _emulator_facts(bench.package) if _is_compressed(bench) else None,
+        "rungs": _rungs(bench, progress),
         "adapter": {"peft": config.adapter.method, **adapter_facts(progress.best)},
         "quality": quality_table(_scores(bench, progress), bench.task.metric),
         "cost": _costs(progress, setup_seconds),
@@ -63,10 +66,10 @@ def _scores(bench: Bench, progress: Progress) -> dict[str, Quality | None]:
     return scores
 
 
-def _emulator_facts(bench: Bench) -> dict[str, Any] | None:
-    if bench.package is None or not _is_compressed(bench):
+def _emulator_facts(package: EmulatorPackage | None) -> dict[str, Any] | None:
+    if package is None:
         return None
-    manifest = bench.package.manifest
+    manifest = package.manifest
     return {
         "recipe": manifest.recipe,
         "num_parameters": manifest.num_parameters,
@@ -75,6 +78,18 @@ def _emulator_facts(bench: Bench) -> dict[str, Any] | None:
         "num_source_blocks": manifest.blocks.num_blocks,
         "fidelity": dict(manifest.fidelity),
     }
+
+
+def _rungs(bench: Bench, progress: Progress) -> list[dict[str, Any]]:
+    """Return what each rung of the ladder is and cost, the largest first."""
+    rungs = []
+    for name, package in bench.packages.items():
+        on_it = [p for line in progress.history for p in line["participants"] if p["rung"] == name]
+        sums = {key: sum(p[key] for p in on_it) for key in _BYTES}
+        num_clients = len({p["client_id"] for p in on_it})
+        facts = _emulator_facts(package) or {}
+        rungs.append({"name": name, **facts, "num_clients": num_clients, **sums})
+    return rungs
 
 
 def _costs(progress: Progress, setup_seconds: float) -> dict[str, Any]:
@@ -163,11 +178,18 @@ def mean_summary(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         n: sum(c[n] for c in costs)
         for n in ("bytes_down", "bytes_up", "num_tokens", "wall_seconds")
     }
+    rungs = [_together(list(same)) for same in zip(*(s["rungs"] for s in summaries), strict=True)]
     cost = {**costs[0], **added, "peak_rss_bytes": max(c["peak_rss_bytes"] for c in costs)}
     return {
         **summary,
         "method": "local",
         "num_clients": len(summaries),
+        "rungs": rungs,
         "quality": quality,
         "cost": cost,
     }
+
+
+def _together(rungs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one rung of several runs, their devices and bytes added."""
+    return {**rungs[0], **{k: sum(r[k] for r in rungs) for k in ("num_clients", *_BYTES)}}

@@ -148,8 +148,8 @@ def _federated(
         stack.callback(board.close)
         observer = Observers([observer, board])
         controller = make_controller(bench)
-        federation = make_federation(bench, controller)
         progress = resumed(bench, checkpoint, controller) or begun(bench)
+        federation = make_federation(bench, controller)
         setup_seconds = time.perf_counter() - start
         while progress.state.server_round < config.federated.num_rounds:
             progress = one_round(bench, federation, progress, observer)

@@ -80,9 +80,15 @@ def admit(
     return Outcome(result, payload.arrays, float(record["mean_loss"]))
 
 
-def with_traffic(outcome: Outcome, sent: Sent) -> Outcome:
-    """Return an outcome with the bytes that its participant cost."""
-    result = replace(outcome.result, bytes_down=sent.bytes_down, bytes_up=sent.bytes_up)
+def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:
+    """Return an outcome with the bytes that its participant cost, and the rung that it was on."""
+    result = replace(
+        outcome.result,
+        bytes_down=sent.bytes_down,
+        bytes_up=sent.bytes_up,
+        bytes_emulator=sent.bytes_emulator,
+        rung=rung,
+    )
     return replace(outcome, result=result)
 
 

@@ -58,6 +58,15 @@ def _ratios(states: Sequence[State], weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def _by_holders(states: Sequence[State], current: State) -> dict[tuple[int, ...], list[str]]:
+    """Return the names of the tensors that the same participants have, in a fixed order."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in current:
+        if holders := tuple(i for i, state in enumerate(states) if name in state):
+            groups.setdefault(holders, []).append(name)
+    return groups
+
+
 TUNED_PARTS: dict[str, tuple[Part, ...]] = {
     "average": ("all",),
     "ffa": ("lora_B",),
@@ -112,11 +121,34 @@ class LoraAggregation:
     def average(
         self, states: Sequence[State], weights: Sequence[float], current: State
     ) -> dict[str, np.ndarray]:
-        """Return the average of what a round tuned.
+        """Return the average of what a round tuned, each tensor's over those who have it.
+
+        A tensor that only participants of weight 0 have is left out, and so stays as it is.
+
+        Args:
+            states: Tensors of each participant; those on a smaller rung have fewer.
+            weights: Weight of each, e.g. its number of examples.
+            current: The round's adapter.
 
         Raises:
             AggregationError: As ``weighted_average``.
+
+        Source:
+            Diao et al. (2021), HeteroFL, for the average over those who have a parameter.
         """
+        _ratios(states, weights)
+        average: dict[str, np.ndarray] = {}
+        for holders, names in _by_holders(states, current).items():
+            own = [{name: states[i][name] for name in names} for i in holders]
+            own_weights = [weights[i] for i in holders]
+            if sum(own_weights) > 0:
+                old = {name: current[name] for name in names}
+                average |= self._average_of_all(own, own_weights, old)
+        return average
+
+    def _average_of_all(
+        self, states: Sequence[State], weights: Sequence[float], current: State
+    ) -> dict[str, np.ndarray]:
         if self.rule == "svd":
             return mean_of_products(states, _ratios(states, weights), current)
         return weighted_average(states, weights)

@@ -15,13 +15,21 @@ __all__ = ["Exchange", "Sent"]
 
 @dataclass(frozen=True)
 class Sent:
-    """What was sent to one node in a round, and what came back."""
+    """What was sent to one node in a round, and what came back.
+
+    ``bytes_emulator`` is the part of ``bytes_down`` that "hold" messages are.
+    """
 
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_emulator: int = 0
 
     def __add__(self, other: Sent) -> Sent:
-        return Sent(self.bytes_down + other.bytes_down, self.bytes_up + other.bytes_up)
+        return Sent(
+            self.bytes_down + other.bytes_down,
+            self.bytes_up + other.bytes_up,
+            self.bytes_emulator + other.bytes_emulator,
+        )
 
 
 class Exchange:
@@ -68,7 +76,8 @@ class Exchange:
         with self._transport_errors(f"sending {kind!r} tasks"):
             waiting = self._submit(kind, tasks)
         for node, content in tasks.items():
-            self._count(node, Sent(bytes_down=len(content)))
+            num_bytes = len(content)
+            self._count(node, Sent(num_bytes, bytes_emulator=num_bytes if kind == "hold" else 0))
         meanwhile()
         replies: dict[str, Reply] = {}
         while waiting:

@@ -1,43 +1,31 @@
 """What a device does with a message: the same code behind every transport.
 
 Kinds of messages:
-    hello  what do you have?   -> client_id, num_examples, num_tokens, held emulators; which of the
-                                  parts of the adapter that were asked for
-    hold   here is an emulator -> its hash
+    hello  what do you have?   -> client_id, num_examples, num_tokens, held emulators and parts of
+                                  them; which of the parts of the adapter that were asked for
+    hold   here is what you lack of an emulator -> its hash
     train  tune this adapter   -> what was tuned of it, with losses and number of examples
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from fedpeat.adapter.lora import Part, part_of
-from fedpeat.adapter.tunable import Tunable, attach
-from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
-from fedpeat.emulator.package import EmulatorPackage
+from fedpeat.emulator.parts import short
+from fedpeat.federated.shelf import EmulatorShelf
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["EmulatorShelf", "Participant", "fixed_width", "hold_message", "train_message"]
+__all__ = ["Participant", "fixed_width", "train_message"]
 
 _MAX_SECONDS = 99_999.0  # more than a day
-
-
-def hold_message(package: EmulatorPackage, adapter: AdapterConfig, tuned: list[int]) -> bytes:
-    """Return the message that gives a device an emulator."""
-    payload = package.to_payload()
-    return encode(
-        Payload(
-            payload.arrays, {**payload.record, "adapter": asdict(adapter), "tuned_blocks": tuned}
-        )
-    )
 
 
 def train_message(
@@ -88,61 +76,18 @@ class _Task:
     rank: int | None
 
 
-class EmulatorShelf:
-    """Emulators in memory, by hash.
-
-    Simulated devices share one shelf, and so one copy of the frozen weights.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device = device
-        self._dtype = dtype
-        self._tunables: dict[str, Tunable] = {}
-
-    def put(self, payload: Payload) -> str:
-        """Build the emulator in a "hold" message, unless it is here already, and return its hash.
-
-        Raises:
-            EmulatorError: If it is damaged.
-        """
-        package = EmulatorPackage.from_payload(payload)
-        sha256 = package.manifest.sha256
-        if sha256 not in self._tunables:
-            self._tunables[sha256] = self._build(package, payload.record)
-        return sha256
-
-    def _build(self, package: EmulatorPackage, record: Mapping[str, Any]) -> Tunable:
-        try:
-            settings, tuned = dict(record["adapter"]), list(record["tuned_blocks"])
-            settings["target_modules"] = tuple(settings["target_modules"])
-            config = AdapterConfig(**settings)
-        except (KeyError, TypeError, ValueError) as error:
-            raise EmulatorError(
-                f"hold message has no usable adapter settings: {error!r}"
-            ) from error
-        model = package.build(self._device, self._dtype)
-        manifest = package.manifest
-        return attach(model, manifest.blocks, tuned, config, kept=manifest.source_blocks)
-
-    def get(self, sha256: str) -> Tunable:
-        """Return an emulator with its adapter.
-
-        Raises:
-            EmulatorError: If it is not here.
-        """
-        if sha256 not in self._tunables:
-            raise EmulatorError(f"no emulator {sha256[:12]} here; ask for it with a hold message")
-        return self._tunables[sha256]
-
-
 class Participant:
-    """A device: its own data, and the emulators that it holds."""
+    """A device: its own data, and the emulators that it holds.
+
+    What it holds it knows by hash; the shelf, which simulated devices share, has the tensors.
+    """
 
     def __init__(self, client_id: str, data: Examples, shelf: EmulatorShelf) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
         self._held: set[str] = set()
+        self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
         self._kept_sha256 = ""
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
@@ -157,15 +102,23 @@ class Participant:
         return sorted(self._held)
 
     @property
+    def parts(self) -> list[str]:
+        """Beginnings of the hashes of the emulators' parts that are held."""
+        return sorted(self._parts)
+
+    @property
     def kept(self) -> str:
         """Hash of the part of the adapter that its last task froze; empty for none."""
         return self._kept_sha256
 
-    def restore(self, held: Sequence[str], kept: Mapping[str, np.ndarray]) -> None:
-        """Have again what a resumed run's device had; the shelf must hold its emulators."""
-        for sha256 in held:
-            self._shelf.get(sha256)
-        self._held = set(held)
+    def inventory(self) -> dict[str, Any]:
+        """Return what it holds, as plain data that ``restore`` understands."""
+        return {"held": self.held, "parts": self.parts, "kept": self.kept}
+
+    def restore(self, inventory: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
+        """Have again what a resumed run's device had; the shelf must have what is still in use."""
+        self._held = set(inventory["held"])
+        self._parts = set(inventory["parts"])
         self._keep(kept)
 
     def handle(self, kind: str, content: bytes) -> bytes:
@@ -186,6 +139,7 @@ class Participant:
             "num_examples": self._data.num_examples,
             "num_tokens": self._data.num_tokens,
             "held": self.held,
+            "emulator_parts": self.parts,
         }
         asked = payload.record.get("parts", [])
         if not isinstance(asked, list):
@@ -195,9 +149,11 @@ class Participant:
         return Payload(record=record)
 
     def _hold(self, payload: Payload) -> Payload:
-        sha256 = self._shelf.put(payload)
-        self._held.add(sha256)
-        return Payload(record={"held": sha256})
+        manifest, current = self._shelf.put(payload, self._parts)
+        self._held = {held for held in self._held if short(held) in current} | {manifest.sha256}
+        self._parts.update(map(short, manifest.hashes))
+        self._parts.intersection_update(current)
+        return Payload(record={"held": manifest.sha256})
 
     def _train(self, payload: Payload) -> Payload:
         task = _read_task(payload.record)

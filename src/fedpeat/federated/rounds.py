@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,10 +35,11 @@ from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
-from fedpeat.federated.screening import Limits, check_num_examples, shown
+from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
+from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
 
-__all__ = ["SERVER_ID", "Federation", "FederationState", "Rung", "ServerTraining", "peak_rss_bytes"]
+__all__ = ["SERVER_ID", "Federation", "FederationState", "ServerTraining", "peak_rss_bytes"]
 
 MAX_BARREN_ROUNDS = 3
 _MOST_REASONS = 3
@@ -46,14 +47,6 @@ _MOST_REASONS = 3
 ServerTraining = Callable[[State, Part, int, int, int], Payload]
 """Trains the server's own part: (adapter, tuned, num_steps, first_step, seed) -> a reply of its
 own."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """An emulator as the round loop sees it: its hash, and the message that hands it out."""
-
-    sha256: str
-    hold_message: bytes
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Federation:
     Args:
         transport: How devices are reached.
         controller: Who plans the rounds.
-        rungs: Emulators by name.
+        rungs: Emulators by name. The attribute of this name may be replaced between rounds.
         lora: What is tuned in a round, and how it is averaged.
         optimizer: What is done with the average.
         limits: What an update may be.
@@ -105,7 +98,7 @@ class Federation:
     ) -> None:
         self._transport = transport
         self._controller = controller
-        self._rungs = rungs
+        self.rungs = rungs
         self._lora = lora
         self._optimizer = optimizer
         self._limits = limits
@@ -133,21 +126,24 @@ class Federation:
         start = time.perf_counter()
         server_round = state.server_round + 1
         exchange = Exchange(self._transport, server_round, self._deadline_seconds)
-        parts = self._lora.lasting_parts(state.adapter)
-        clients, warnings = self._ask(state, parts, exchange)
+        lasting = {
+            name: self._lora.lasting_parts(rung.own(state.adapter))
+            for name, rung in self.rungs.items()
+        }
+        clients, warnings = self._ask(state, lasting, exchange)
         observed = RoundObservation(
             server_round, self._num_rounds, tuple(clients.values()), quality
         )
         plan = self._controller.plan(observed)
         self._check_plan(server_round, plan, clients)
-        outcomes = self._train(state, plan, clients, parts, exchange)
+        outcomes = self._train(state, plan, clients, lasting, exchange)
         updates = [outcome for outcome in outcomes if outcome.accepted]
         weights: list[float] = []
         error = None
         if len(updates) >= self._min_clients:
             weights = shares(updates, self._server_weight_ratio)
             new_state = self._aggregate(state, updates, weights)
-            error = product_error([{**state.adapter, **u.arrays} for u in updates], weights)
+            error = product_error([self._tuned_adapter(state, u) for u in updates], weights)
         else:
             shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
             new_state = self._barren(state, updates, shortage)
@@ -170,15 +166,25 @@ class Federation:
             warnings=tuple(warnings),
         )
 
+    def _tuned_adapter(self, state: FederationState, update: Outcome) -> dict[str, np.ndarray]:
+        """Return the adapter of a participant's own blocks, with what the round froze."""
+        rung = self.rungs.get(update.result.rung)
+        adapter = state.adapter if rung is None else rung.own(state.adapter)
+        return {**adapter, **update.arrays}
+
     def _ask(
-        self, state: FederationState, parts: Mapping[str, State], exchange: Exchange
+        self,
+        state: FederationState,
+        lasting: Mapping[str, Mapping[str, State]],
+        exchange: Exchange,
     ) -> tuple[dict[str, ClientState], list[str]]:
         """Ask every node what it has; one that does not answer properly sits out, with a warning.
 
         Clients come in the order of their names, so that no draw depends on who answered first.
         """
         nodes = sorted(set(exchange.nodes()))
-        question = Payload(record={"parts": list(parts)} if parts else {})
+        parts = list(dict.fromkeys(sha256 for own in lasting.values() for sha256 in own))
+        question = Payload(record={"parts": parts} if parts else {})
         replies = exchange.collect("hello", dict.fromkeys(nodes, encode(question)))
         clients, warnings = {}, []
         for node in nodes:
@@ -193,7 +199,7 @@ class Federation:
         node: str,
         reply: Reply | None,
         state: FederationState,
-        parts: Mapping[str, State],
+        parts: Sequence[str],
     ) -> ClientState:
         if node == SERVER_ID:
             raise WireError(f"no device may be called {SERVER_ID!r}")
@@ -201,13 +207,14 @@ class Federation:
             raise WireError(reply.error if reply is not None else "no answer before the deadline")
         record = decode(reply.content).record
         check_num_examples(record.get("num_examples"), self._limits.max_examples)
-        held = record.get("held")
-        if not isinstance(held, list) or not all(isinstance(sha256, str) for sha256 in held):
-            raise WireError(f"held must be a list of hashes, got {shown(held)}")
-        rungs = tuple(name for name, rung in self._rungs.items() if rung.sha256 in held)
+        held = check_held("held", record.get("held"))
+        rungs = tuple(name for name, rung in self.rungs.items() if rung.sha256 in held)
+        held_parts = check_held("emulator_parts", record.get("emulator_parts"))
         kept = next((sha256 for sha256 in parts if sha256 == record.get("kept")), "")
         last_loss = state.last_losses.get(node)
-        return ClientState(node, record["num_examples"], rungs, last_loss, kept)
+        return ClientState(
+            node, record["num_examples"], rungs, frozenset(held_parts), last_loss, kept
+        )
 
     def _check_plan(
         self, server_round: int, plan: RoundPlan, clients: Mapping[str, ClientState]
@@ -218,8 +225,8 @@ class Federation:
             name, wrong = client.client_id, ""
             if name not in clients or name in seen:
                 wrong = "names twice" if name in seen else "names, but nobody knows,"
-            elif client.rung not in self._rungs:
-                wrong = f"wants the rung {client.rung!r}, not one of {sorted(self._rungs)}, for"
+            elif client.rung not in self.rungs:
+                wrong = f"wants the rung {client.rung!r}, not one of {sorted(self.rungs)}, for"
             elif client.local_steps < 1:
                 wrong = f"wants {client.local_steps} local steps, not at least 1, of"
             if wrong:
@@ -236,13 +243,13 @@ class Federation:
         state: FederationState,
         plan: RoundPlan,
         clients: Mapping[str, ClientState],
-        parts: Mapping[str, State],
+        lasting: Mapping[str, Mapping[str, State]],
         exchange: Exchange,
     ) -> list[Outcome]:
         """Let the cohort train, and the server meanwhile; return what came of each, as planned."""
         server_round = state.server_round + 1
         tuned = self._lora.tuned_part(server_round)
-        starts = self._lora.starts([client.client_id for client in plan.cohort], state.adapter)
+        starts = self._starts(state, plan)
         unequipped = self._exchange_emulators(plan, clients, exchange)
         ready = [client for client in plan.cohort if client.client_id not in unequipped]
         own: list[Payload] = []
@@ -255,7 +262,7 @@ class Federation:
                         client,
                         starts[client.client_id],
                         clients[client.client_id].kept_part,
-                        parts,
+                        lasting[client.rung],
                     )
                     for client in ready
                 },
@@ -265,26 +272,40 @@ class Federation:
         }
         outcomes = []
         for client in plan.cohort:
-            expected = {"server_round": server_round, "emulator": self._rungs[client.rung].sha256}
+            expected = {"server_round": server_round, "emulator": self.rungs[client.rung].sha256}
             reply = replies.pop(client.client_id, None)  # its bytes are free once it is decoded
             start = part_of(starts[client.client_id], tuned)
             outcome = judge(client.client_id, reply, start, expected, self._limits)
-            outcomes.append(with_traffic(outcome, exchange.traffic[client.client_id]))
+            sent = exchange.traffic[client.client_id]
+            outcomes.append(with_traffic(outcome, sent, client.rung))
         start = part_of(state.adapter, tuned)
         outcomes += [admit(SERVER_ID, payload, start, {}, self._limits) for payload in own]
         return outcomes
 
+    def _starts(self, state: FederationState, plan: RoundPlan) -> dict[str, State]:
+        """Return the adapter that each device of a cohort starts from: that of its own blocks."""
+        starts: dict[str, State] = {}
+        for name, rung in self.rungs.items():
+            members = [client.client_id for client in plan.cohort if client.rung == name]
+            starts |= self._lora.starts(members, rung.own(state.adapter))
+        return starts
+
     def _exchange_emulators(
         self, plan: RoundPlan, clients: Mapping[str, ClientState], exchange: Exchange
     ) -> dict[str, Reply | None]:
-        """Send emulators to those of the cohort that lack theirs; return who lacks it still."""
-        lacking = {
-            client.client_id: self._rungs[client.rung].hold_message
-            for client in plan.cohort
-            if client.rung not in clients[client.client_id].held_rungs
-        }
-        replies = exchange.collect("hold", lacking)
-        answers = {client_id: replies.get(client_id) for client_id in lacking}
+        """Send those of the cohort what they lack of their emulator; return who lacks it still."""
+        current = hashes_of(self.rungs.values())
+        messages: dict[tuple[str, frozenset[str]], bytes] = {}  # devices in one case share one
+        tasks = {}
+        for client in plan.cohort:
+            held, rung = clients[client.client_id], self.rungs[client.rung]
+            if client.rung not in held.held_rungs:
+                case = client.rung, rung.lacking(held.held_parts)
+                if case not in messages:
+                    messages[case] = rung.hold_message(case[1], current)
+                tasks[client.client_id] = messages[case]
+        replies = exchange.collect("hold", tasks)
+        answers = {client_id: replies.get(client_id) for client_id in tasks}
         return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
 
     def _train_task(
@@ -293,18 +314,19 @@ class Federation:
         client: ClientPlan,
         start: State,
         kept: str,
-        parts: Mapping[str, State],
+        lasting: Mapping[str, State],
     ) -> bytes:
+        known = lasting.get(kept, {})  # what it kept on another rung is of no use on this one
         return train_message(
-            {name: array for name, array in start.items() if name not in parts.get(kept, {})},
+            {name: array for name, array in start.items() if name not in known},
             server_round=server_round,
-            emulator=self._rungs[client.rung].sha256,
+            emulator=self.rungs[client.rung].sha256,
             num_steps=client.local_steps,
             first_step=(server_round - 1) * client.local_steps,
             settings=self._settings,
             seed=derive_seed(self._seed, "client", client.client_id),
             tuned=self._lora.tuned_part(server_round),
-            left_out=kept,
+            left_out=kept if known else "",
             rank=self._lora.client_ranks.get(client.client_id),
         )
 

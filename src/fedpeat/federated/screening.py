@@ -14,9 +14,10 @@ from fedpeat.core.errors import WireError
 from fedpeat.core.wire import Payload
 from fedpeat.federated.aggregation import update_norm
 
-__all__ = ["Limits", "check_num_examples", "screen", "shown"]
+__all__ = ["Limits", "check_held", "check_num_examples", "screen", "shown"]
 
 _MAX_NAMES = 3
+_MAX_HELD = 4096  # blocks of all rungs that a device may hold at a time
 _MAX_TOKENS = 2**53  # past it, JSON readers lose whole numbers
 _MAX_NUMBER = 1e12  # no loss or duration comes near it; means and sums of such numbers stay finite
 
@@ -72,6 +73,19 @@ def check_num_examples(value: object, maximum: int) -> None:
         raise WireError(
             f"num_examples must be a whole number in [1, {maximum}], got {shown(value)}"
         )
+
+
+def check_held(key: str, value: object) -> list[str]:
+    """Return the hashes of what a device says that it holds.
+
+    Raises:
+        WireError: If it is no list of texts, or one that is too long.
+    """
+    if not isinstance(value, list) or not all(isinstance(sha256, str) for sha256 in value):
+        raise WireError(f"{key} must be a list of hashes, got {shown(value)}")
+    if len(value) > _MAX_HELD:
+        raise WireError(f"{key} must have at most {_MAX_HELD} hashes, got {len(value)}")
+    return value
 
 
 def shown(value: object) -> str:

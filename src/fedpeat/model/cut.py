@@ -23,6 +23,7 @@ __all__ = [
     "build_from_blocks",
     "cut_in_place",
     "frozen",
+    "index_attributes",
     "only_blocks",
     "reasons_to_keep",
     "required_blocks",
@@ -346,6 +347,16 @@ def _other_half(path: str) -> str | None:
     return "encoder" if "decoder" in path.split(".") else None
 
 
+def index_attributes(block: nn.Module, index: int) -> list[tuple[nn.Module, str]]:
+    """Return where a block and its parts keep the block's own index, which the cache goes by."""
+    return [
+        (module, name)
+        for module in block.modules()
+        for name, value in vars(module).items()
+        if _INDEX.match(name) and value == index and not isinstance(value, bool)
+    ]
+
+
 def _cut_indices(
     model: nn.Module, item: BlockList, members: Sequence[int]
 ) -> list[tuple[nn.Module, str, Any]]:
@@ -357,11 +368,12 @@ def _cut_indices(
     cut: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
     for place, old in enumerate(members):
         for path in item.paths:
-            for module in model.get_submodule(f"{path}.{place}").modules():
+            block = model.get_submodule(f"{path}.{place}")
+            for module, name in index_attributes(block, old):
+                cut[id(module), name] = module, name, place
+            for module in block.modules():
                 for name, value in vars(module).items():
-                    if _INDEX.match(name) and value == old and not isinstance(value, bool):
-                        cut[id(module), name] = module, name, place
-                    elif _BY_INDEX.match(name) and isinstance(value, dict):
+                    if _BY_INDEX.match(name) and isinstance(value, dict):
                         by_place = {members.index(i): v for i, v in value.items() if i in members}
                         cut[id(module), name] = module, name, by_place
     return list(cut.values())

@@ -24,6 +24,7 @@ __all__ = [
     "LayerSpec",
     "LowRankLinear",
     "is_plain_linear",
+    "make_plain",
     "num_parameters",
     "read_specs",
     "replace_layers",
@@ -331,6 +332,24 @@ def _few_bits_class(kind: type[nn.Module], few_bits: type[nn.Module]) -> type[nn
     if kind in _FEW_BITS:
         return few_bits
     return type(f"FewBits{kind.__name__}", (kind, few_bits), {})
+
+
+def make_plain(model: nn.Module) -> None:
+    """Turn layers in few bits back into plain ones that can be trained, in place.
+
+    Their weights are those rounded ones that they computed with. Layers that shared a matrix share
+    it afterwards.
+    """
+    plain = {few_bits: kind for kind, few_bits in _FEW_BITS.items()}
+    weights: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        kind: Any = type(module)
+        if isinstance(module, _FewBitsLayer):
+            weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+            weight = weights.setdefault(id(module.few_bits), weight)
+            del module.few_bits
+            module.__class__ = plain.get(kind, kind.__bases__[0])
+            module.register_parameter("weight", weight)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from fedpeat.report.markup import Html, element, join
@@ -64,6 +64,11 @@ _GLOSSARY: Final = (
         "Mean negative logarithm of the probability that the right class got [nat]; lower is "
         "better.",
     ),
+    (
+        "Gradient cosine",
+        "How alike the adapter's gradients are on emulator and full model, 1 for the same "
+        "direction: what a device learns on the one is then right for the other.",
+    ),
     ("Update norm", "How far one round moved the adapter (Euclidean distance)."),
     (
         "Product error",
@@ -79,6 +84,15 @@ _GLOSSARY: Final = (
         "Dropped, late, failed",
         "The participant vanished, answered after the deadline, or reported an error.",
     ),
+)
+
+_FIDELITY: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
+    ("hidden_relative_error", "Hidden states, relative error", ratio_text),
+    ("hidden_cosine", "Hidden states, cosine", number_text),
+    ("logit_kl", "Predictions, KL [nat]", number_text),
+    ("top1_agreement", "Same first guess", ratio_text),
+    ("gradient_cosine_tuned", "Gradient cosine, after some steps", number_text),
+    ("gradient_cosine", "Gradient cosine, at the start", number_text),
 )
 
 
@@ -115,8 +129,25 @@ def _emulator(summary: Summary) -> Html:
                 ratio_text(_share(emulator.num_parameters, summary.num_parameters)),
             ),
             ("Size", bytes_text(emulator.num_bytes)),
+            *_fidelity(emulator.fidelity),
         ]
     )
+
+
+def _fidelity(measured: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Return how closely the emulator follows the full model, what was measured of it."""
+    facts = [
+        (label, wording(measured[name]))
+        for name, label, wording in _FIDELITY
+        if measured.get(name) is not None
+    ]
+    prefix = "gradient_cosine_block_"
+    by_block = [
+        f"{name.removeprefix(prefix)}: {number_text(value, 2)}"
+        for name, value in measured.items()
+        if name.startswith(prefix)
+    ]
+    return [*facts, *([("Of it, by block", ", ".join(by_block))] if by_block else [])]
 
 
 def _adapter(summary: Summary) -> Html:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeat.core.errors import DataError
+from fedpeat.report.audit import load_audit
 from fedpeat.report.fields import Fields, parse_object, read_text
 from fedpeat.report.records import (
     BESIDE,
@@ -80,6 +81,7 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         rounds=rounds,
         summary=summary,
         reference=reference,
+        audit=load_audit(folder),
         notes=lines.notes() if lines else (),
     )
 
@@ -172,6 +174,8 @@ def _participation(fields: Fields) -> Participation:
         seconds=fields.amount("seconds"),
         bytes_down=fields.amount("bytes_down"),
         bytes_up=fields.amount("bytes_up"),
+        rung=fields.text("rung"),
+        bytes_emulator=fields.amount("bytes_emulator"),
     )
 
 
@@ -214,8 +218,12 @@ def _quality(fields: Fields) -> Quality:
 def _emulator(fields: Fields | None) -> EmulatorFacts | None:
     if fields is None:
         return None
+    fidelity = fields.child("fidelity")
     return EmulatorFacts(
-        fields.text("recipe"), fields.amount("num_parameters"), fields.amount("num_bytes")
+        fields.text("recipe"),
+        fields.amount("num_parameters"),
+        fields.amount("num_bytes"),
+        {name: fidelity.number(name) for name in fidelity.values} if fidelity else {},
     )
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from fedpeat.core.errors import StorageError
+from fedpeat.report.audit import audit_lead, audit_section
 from fedpeat.report.curves import curves_section
 from fedpeat.report.details import (
     config_section,
@@ -76,6 +77,15 @@ def render_report(run: RunData) -> str:
             "Progress",
             "Quality of the plug-in on the validation split, against what it cost.",
             curves_section(run),
+        ),
+        *(
+            [
+                section(
+                    "What the emulator gives away", audit_lead(run.audit), audit_section(run.audit)
+                )
+            ]
+            if run.audit
+            else []
         ),
         section("Who took part when", "", participation_section(run)),
         section("Sizes and cost", "", facts_section(run)),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fedpeat.report.markup import Html, element, join
 from fedpeat.report.quantities import bytes_text, count_text, number_text, seconds_text
 from fedpeat.report.records import STATUSES, UNITS, Participation, RoundRecord, RunData
+from fedpeat.report.rungs import rungs_of, rungs_table
 
 __all__ = ["participation_section"]
 
@@ -44,6 +45,7 @@ def participation_section(run: RunData) -> Html:
                 aria_label="Who took part when",
             ),
             _reasons(rounds),
+            rungs_table(rounds),
             element(
                 "details",
                 element("summary", "Totals per participant"),
@@ -174,7 +176,8 @@ def _round_mark(server_round: int, item: Participation | None, x: float, size: f
 def _told(item: Participation | None) -> str:
     if item is None:
         return ""
-    parts = [_short(item.reason)] if item.reason else []
+    parts = [f"rung {item.rung}"] if item.rung else []
+    parts += [_short(item.reason)] if item.reason else []
     if item.status == "accepted" and item.weight is not None:
         parts.append(f"weight {number_text(item.weight, 3)}")
     if item.first_loss is not None and item.last_loss is not None:
@@ -271,6 +274,7 @@ def _totals(keys: Sequence[Key], by_key: dict[Key, dict[int, Participation]], un
     rows = [element("tr", _heading(key), *_total_cells(list(by_key[key].values()))) for key in keys]
     head = _head(
         "Participant",
+        "Rung",
         "#Drawn",
         "#Accepted",
         "#Own examples",
@@ -299,7 +303,8 @@ def _total_cells(items: Sequence[Participation]) -> Iterator[Html]:
         bytes_text(_sum(item.bytes_up for item in items)),
         seconds_text(_sum(item.seconds for item in items)),
     )
-    return (element("td", text, class_="n") for text in texts)
+    yield element("td", _short(", ".join(rungs_of(items))))
+    yield from (element("td", text, class_="n") for text in texts)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -14,6 +14,10 @@ __all__ = [
     "STATUSES",
     "UNITS",
     "AdapterFacts",
+    "Attack",
+    "AttackPoint",
+    "Audit",
+    "AuditedEmulator",
     "Cost",
     "EmulatorFacts",
     "Participation",
@@ -57,6 +61,10 @@ class Participation:
     seconds: float | None = None
     bytes_down: float | None = None
     bytes_up: float | None = None
+    rung: str = ""
+    """The emulator that it tuned on."""
+    bytes_emulator: float | None = None
+    """The part of bytes_down that brought it that emulator."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -115,6 +123,8 @@ class EmulatorFacts:
     recipe: str
     num_parameters: float | None
     num_bytes: float | None
+    fidelity: Mapping[str, float | None] = field(default_factory=dict)
+    """What was measured of it beside the full model, by name."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,51 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class AttackPoint:
+    """What an attack had reached after some tokens."""
+
+    num_tokens: float
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to get the full model's ability back."""
+
+    name: str
+    learning_rate: float | None
+    recovered_ratio: float | None
+    regained_ratio: float | None
+    curve: tuple[AttackPoint, ...]
+
+
+@dataclass(frozen=True)
+class AuditedEmulator:
+    """What one emulator gives away."""
+
+    name: str
+    recipe: str
+    equal_ratio: float | None
+    near_ratio: float | None
+    leaked_ratio: float | None
+    recovered_ratio: float | None
+    full: float | None
+    untouched: float | None
+    attacks: tuple[Attack, ...]
+    verdicts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """audit.json."""
+
+    metric: str
+    public_text: str
+    held_out: str
+    emulators: tuple[AuditedEmulator, ...]
+
+
+@dataclass(frozen=True)
 class RunData:
     """A run folder."""
 
@@ -171,6 +226,8 @@ class RunData:
     summary: Summary | None = None
     reference: RunData | None = None
     """The run of the upper bound, ``full_tuned``, if this run has one."""
+    audit: Audit | None = None
+    """What the emulator gives away, if it was audited."""
     notes: tuple[str, ...] = ()
     """What a reader must know about the files, one sentence each."""
 

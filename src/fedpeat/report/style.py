@@ -177,6 +177,7 @@ footer {
   font-size: 13px;
 }
 .strips { display: block; width: 100% }
+.pareto { display: block; width: 100%; max-width: 720px; height: auto }
 .strips text { paint-order: stroke; stroke: var(--page); stroke-width: 4px }
 .strips .label { fill: var(--ink); font-size: 14px; font-weight: 500 }
 .strips .range { stroke: var(--blue); stroke-width: 3; stroke-linecap: round }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fedpeat.data.examples import Examples
 from fedpeat.tuning.evaluation import evaluate, evaluating
 from fedpeat.tuning.local import batch_rows
 from fedpeat.tuning.loss import Batch, autocast, batch_of, mean_loss_of_logits
+from fedpeat.tuning.schedule import warmup_cosine
 
 __all__ = [
     "DistillSettings",
@@ -165,7 +165,7 @@ def distill(
     with evaluating(pair.teacher), evaluating(pair.student):
         for step in range(num_steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(step, num_steps)
+                group["lr"] = settings.learning_rate * warmup_cosine(step, num_steps)
             batch = batch_of(
                 data, batch_rows(data.num_examples, settings.batch_size, step, seed), device
             )
@@ -209,12 +209,6 @@ def measure_fidelity(
             errors.append(float(hidden_error(teacher[0], student[0])) * len(rows))
     quality = evaluate(pair.student, data, batch_size).value(metric)
     return {metric: quality, "hidden_error": sum(errors) / data.num_examples}
-
-
-def _schedule(step: int, num_steps: int) -> float:
-    warmup = max(1, num_steps // 20)
-    progress = max(0.0, (step + 1 - warmup) / max(1, num_steps - warmup))
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @contextmanager

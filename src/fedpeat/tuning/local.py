@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedpeat.adapter.tunable import Tunable
+from fedpeat.core.errors import AdapterError
 from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.examples import Examples
 from fedpeat.tuning.evaluation import evaluating
@@ -105,6 +106,11 @@ def train(
             batch = batch_of(data, rows, device)
             with autocast(tunable.model, device):
                 loss = mean_loss(tunable.model, batch)
+            if not loss.requires_grad:
+                raise AdapterError(
+                    "no gradient reaches the adapter: the tuned blocks take no part in what the "
+                    "network makes of this data; tune others"
+                )
             losses.append(loss.detach())
             (loss + _proximal_term(parameters, anchors, settings.proximal_mu)).backward()
             if settings.max_grad_norm:

@@ -1,0 +1,56 @@
+"""What an audit's numbers mean, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpeat.config.schema import AuditPlan
+
+__all__ = ["verdicts"]
+
+_RECOVERED = (
+    (0.9, "the emulator gives nearly all of the model's ability away"),
+    (0.5, "the emulator gives most of the model's ability away"),
+    (0.1, "the emulator gives part of the model's ability away"),
+    (-float("inf"), "this attacker gains little from the emulator"),
+)
+_NAMES = {"fine_tune": "fine-tuning the emulator", "reinsert": "re-inserting the missing blocks"}
+
+
+def verdicts(record: Mapping[str, Any], plan: AuditPlan) -> list[str]:
+    """Return what an emulator gives away, one sentence each, from its entry in audit.json."""
+    verbatim, capability = record["verbatim"], record["capability"]
+    return [
+        f"{_percent(verbatim['equal_ratio'])} of the full model's parameters are in the emulator "
+        f"bit for bit, {_percent(verbatim['near_ratio'])} up to a relative distance of "
+        f"{verbatim['near_distance']:g}.",
+        f"Untouched, the emulator covers {_percent(capability['leaked_ratio'])} of the way from a "
+        "random network to the full model (log perplexity).",
+        _attacked(record, plan),
+    ]
+
+
+def _attacked(record: Mapping[str, Any], plan: AuditPlan) -> str:
+    recovered, attacks = record["recovered_ratio"], record["attacks"]
+    if recovered is None:
+        return (
+            "Text alone trains a network as good as the full model, or a quality is not finite: "
+            "what an attack recovers cannot be told."
+        )
+    attack = next(n for n in _NAMES if attacks[n] and attacks[n]["recovered_ratio"] == recovered)
+    best = attacks[attack]
+    num_tokens = best["curve"][-1]["num_tokens"]
+    meaning = next(text for least, text in _RECOVERED if recovered >= least)
+    return (
+        f"With up to {num_tokens:,} tokens of public text ({plan.public_text}), {_NAMES[attack]} "
+        f"reaches perplexity {best['perplexity']:.2f}, against "
+        f"{attacks['from_scratch']['perplexity']:.2f} from scratch and "
+        f"{record['capability']['full']:.2f} of the full model: {_percent(recovered)} of the way "
+        f"is recovered, and {_percent(best['regained_ratio'])} of what compression had taken; "
+        f"{meaning}."
+    )
+
+
+def _percent(ratio: float | None) -> str:
+    return "an unknown share" if ratio is None else f"{100 * ratio:.0f} %"

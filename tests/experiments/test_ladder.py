@@ -1,0 +1,183 @@
+"""A ladder of emulators in one federation, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeat.config.loading import override
+from fedpeat.config.schema import Config
+from fedpeat.core.run_folder import RunFolder
+from fedpeat.emulator.package import EmulatorPackage
+from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
+from fedpeat.experiments.evaluate import evaluate_adapter
+from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.run import run
+from fedpeat.federated.rounds import FederationState
+from outcomes import assert_same, config_of, lines_of, result_of
+
+LADDER: dict[str, Any] = {
+    "emulator": {"recipe": "layer_drop:0.75", "lower_rungs": [0.5, 0.25]},
+    "federated": {"client_rungs": [0.75, 0.5, 0.25]},
+}
+DISTILLED: dict[str, Any] = {
+    "emulator": {"recipe": "layer_drop:0.75+distill:256", "distill_batch_size": 4}
+}
+COMPACT: dict[str, Any] = {
+    "emulator": {
+        "recipe": "layer_drop:0.75+low_rank:0.5+distill:256+int8",
+        "distill_batch_size": 4,
+    }
+}
+EVERYWHERE: dict[str, Any] = {"adapter": {"placement": "all"}}
+
+
+@pytest.fixture
+def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
+    return config_of(model_dir, corpus_file, tmp_path, LADDER)
+
+
+def rungs_of(folder: Path) -> dict[str, EmulatorPackage]:
+    paths = {"0.75": folder / "emulator", **{n: folder / "rungs" / n for n in ("0.5", "0.25")}}
+    return {name: EmulatorPackage.load(path) for name, path in paths.items()}
+
+
+def devices_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [p for p in line["participants"] if p["role"] == "device"]
+
+
+@pytest.mark.parametrize("placement", ["ends", "top", "all"])
+def test_devices_of_three_rungs_tune_one_adapter(
+    placement: str, config: Config, tmp_path: Path
+) -> None:
+    longer = {"federated": {"num_rounds": 8}, "local": {"local_steps": 6}}
+    summary = run(override(config, {**longer, "adapter": {"placement": placement}}))
+    lines = lines_of(tmp_path / "tiny")[1:]
+    assert [p["rung"] for p in devices_of(lines[0])] == ["0.75", "0.5", "0.25", "0.75"]
+    assert {p["status"] for line in lines for p in line["participants"]} == {"accepted"}
+    quality = summary["quality"]
+    assert quality["plug_in"] < 0.9 * quality["full_zero_shot"]
+    assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == quality["plug_in"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, DISTILLED, COMPACT], ids=["as cut", "distilled", "compact"]
+)
+def test_a_rungs_blocks_are_those_of_the_rung_above_it(
+    changes: dict[str, Any], config: Config, tmp_path: Path
+) -> None:
+    run(override(config, {**changes, "federated": {"num_rounds": 0}}))
+    large, medium, small = rungs_of(tmp_path / "tiny").values()
+    assert small.parts.keys() < medium.parts.keys() < large.parts.keys()
+    assert [len(p.manifest.source_blocks) for p in (large, medium, small)] == [5, 4, 3]
+    for package in (large, medium, small):
+        package.build(torch.device("cpu"), torch.float32)
+
+
+def test_distillation_trains_every_middle_block_of_every_rung(
+    config: Config, tmp_path: Path
+) -> None:
+    run(override(config, {"federated": {"num_rounds": 0}}))
+    before = rungs_of(tmp_path / "tiny")["0.75"].parts.keys()
+    run(override(config, {**DISTILLED, "name": "distilled", "federated": {"num_rounds": 0}}))
+    after = rungs_of(tmp_path / "distilled")["0.75"]
+    same = [part.name for part in after.manifest.parts if part.sha256 in before]
+    assert same == ["outside", "block 0", "block 5"]
+
+
+def test_a_smaller_rung_costs_fewer_bytes_both_ways(config: Config, tmp_path: Path) -> None:
+    run(override(config, EVERYWHERE))
+    for line in lines_of(tmp_path / "tiny")[1:]:
+        large, medium, small, _ = devices_of(line)
+        for way in ("bytes_down", "bytes_up"):
+            assert large[way] > medium[way] > small[way]
+    first, second, _ = lines_of(tmp_path / "tiny")[1:]
+    assert all(p["bytes_emulator"] > 0 for p in devices_of(first))
+    assert all(p["bytes_emulator"] == 0 for p in devices_of(second))
+
+
+@pytest.mark.parametrize("rule", ["average", "ffa", "rolora", "svd"])
+def test_every_rule_averages_a_block_over_the_rungs_that_have_it(
+    rule: str, config: Config, tmp_path: Path
+) -> None:
+    ranks = [2, 1, 2] if rule == "svd" else []
+    changes = {"lora_aggregation": rule, "client_ranks": ranks, "num_rounds": 4}
+    run(override(config, {**EVERYWHERE, "federated": changes}))
+    lines = lines_of(tmp_path / "tiny")[1:]
+    assert {p["status"] for line in lines for p in line["participants"]} == {"accepted"}
+    exact = rule in {"ffa", "rolora"}
+    assert all(
+        line["product_error"] < 1e-12 if exact else line["product_error"] > 0 for line in lines
+    )
+
+
+def test_a_run_that_is_resumed_ends_bit_identical(config: Config, tmp_path: Path) -> None:
+    hard = {
+        **DISTILLED,
+        "adapter": {"placement": "all", "lora_dropout": 0.1},
+        "federated": {
+            "num_rounds": 4, "dropout_ratio": 0.3, "fraction_train": 0.7,
+            "server_optimizer": "fedadam", "server_learning_rate": 0.01,
+        },
+    }  # fmt: skip
+    config = override(config, hard)
+    run(override(config, {"name": "whole"}))
+    run(override(config, {"federated": {"num_rounds": 2}}))
+    run(config, resume=True)
+    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
+
+
+def test_on_the_top_rung_alone_a_ladder_changes_nothing(config: Config, tmp_path: Path) -> None:
+    top = override(config, {"federated": {"client_rungs": [0.75]}})
+    run(top)
+    run(override(top, {"name": "single", "emulator": {"lower_rungs": []}}))
+    one, other = (result_of(tmp_path / name) for name in ("tiny", "single"))
+    for result in (one, other):  # the messages name the parts of all rungs
+        result["rounds"] = [
+            {k: v for k, v in line.items() if "bytes" not in k and k != "participants"}
+            for line in result["rounds"]
+        ]
+        del result["bytes"]
+    assert_same(one, other)
+
+
+def after_a_round(config: Config, folder: Path, changes: dict[str, Any]) -> tuple[Bench, set[int]]:
+    bench = set_up(override(config, changes), RunFolder(folder), Silent(), None, pools_data=False)
+    federation = make_federation(bench, make_controller(bench))
+    _, result = federation.run_round(FederationState(0, bench.server.state()), None)
+    assert {p.status for p in result.participants} == {"accepted"}
+    packages = bench.packages.values()
+    models = [bench.shelf.get(package.manifest.sha256).model for package in packages]
+    parameters: list[torch.nn.Parameter] = [p for model in models for p in model.parameters()]
+    return bench, {p.untyped_storage().data_ptr() for p in parameters if not p.requires_grad}
+
+
+def test_64_devices_on_three_rungs_have_the_frozen_storages_of_the_top_rung(
+    config: Config, tmp_path: Path
+) -> None:
+    many = {
+        "data": {"partition": "iid", "num_clients": 64, "key_field": None},
+        "local": {"local_steps": 1},
+    }
+    ladder, storages = after_a_round(config, tmp_path / "ladder", many)
+    assert len(ladder.participants) == 64
+    assert len(ladder.packages) == 3
+    one_rung = {**many, "emulator": {"lower_rungs": []}, "federated": {"client_rungs": []}}
+    _, alone = after_a_round(config, tmp_path / "alone", one_rung)
+    assert len(storages) == len(alone)
+
+
+def test_the_summary_has_the_top_rung_and_a_list_of_all(config: Config, tmp_path: Path) -> None:
+    summary = run(config)
+    assert [rung["name"] for rung in summary["rungs"]] == ["0.75", "0.5", "0.25"]
+    assert summary["emulator"] == {
+        k: v for k, v in summary["rungs"][0].items() if k in summary["emulator"]
+    }
+    assert [rung["num_clients"] for rung in summary["rungs"]] == [2, 1, 1]
+    for way in ("bytes_down", "bytes_up"):
+        assert sum(rung[way] for rung in summary["rungs"]) == summary["cost"][way]
+    assert json.loads((tmp_path / "tiny" / "summary.json").read_text()) == summary
