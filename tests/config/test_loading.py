@@ -420,9 +420,9 @@ def test_file_without_a_compare_part_means_the_usual_comparison(file: Path, cont
          "config key local.local_stepz; did you mean local.local_steps?"),
         ("{overrides: {fedpeat: {local: {local_steps: 0}}}}",
          "compare.overrides.fedpeat: local.local_steps must be at least 1, got 0"),
-        ("{methods: [smal], variants: {small: {}}}", "compare.methods[0] must be one of fedpeat, "
-         "fed_eat, fed_peft, fed_ft, centralized, local, zero_shot, small, got 'smal'; did you "
-         "mean small?"),
+        ("{methods: [slimm], variants: {slim: {}}}", "compare.methods[0] must be one of fedpeat, "
+         "fed_eat, fed_peft, fed_ft, centralized, local, zero_shot, slim, got 'slimm'; did you "
+         "mean slim?"),
         ("{variants: [small]}", "compare.variants must be a mapping, got ['small']"),
         ("{variants: {fedpeat: {}}}", "compare.variants must be letters, digits and . _ + : -, not "
          "the name of a method, got 'fedpeat'"),
