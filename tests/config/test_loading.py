@@ -58,6 +58,7 @@ ODD = {
     },
     "emulator": {
         "recipe": "greedy:0.5+distill:10",
+        "lower_rungs": [0.25],
         "calibration_tokens": 7,
         "dtype": "bfloat16",
         "distill_lm_weight": 0.0,
@@ -89,10 +90,18 @@ ODD = {
         "max_grad_norm": 0.0,
         "proximal_mu": 0.5,
     },
-    "server": {"participates": False, "server_steps": 4, "weight_ratio": 0.25},
+    "server": {
+        "participates": False,
+        "server_steps": 4,
+        "weight_ratio": 0.25,
+        "realign_every": 3,
+        "realign_tokens": 999,
+        "realign_rank": 2,
+    },
     "federated": {
         "num_rounds": 0,
         "fraction_train": 0.3,
+        "client_rungs": [0.5, 0.25],
         "min_clients": 2,
         "dropout_ratio": 0.2,
         "round_deadline_seconds": 9.5,
@@ -211,7 +220,8 @@ def test_file_with_a_byte_order_mark_or_windows_line_ends_is_read(file: Path) ->
         ),
         (
             "server: {xyzzy: 3}",
-            "unknown config key server.xyzzy; allowed: participates, server_steps, weight_ratio",
+            "unknown config key server.xyzzy; allowed: participates, server_steps, weight_ratio, "
+            "realign_every, realign_tokens, realign_rank",
         ),
         ("3: 4", None),
         ("null: 4", None),
