@@ -61,6 +61,7 @@ ODD = {
     },
     "emulator": {
         "recipe": "greedy:0.5+distill:10",
+        "lower_rungs": [0.25],
         "calibration_tokens": 7,
         "dtype": "bfloat16",
         "distill_lm_weight": 0.0,
@@ -92,10 +93,18 @@ ODD = {
         "max_grad_norm": 0.0,
         "proximal_mu": 0.5,
     },
-    "server": {"participates": False, "server_steps": 4, "weight_ratio": 0.25},
+    "server": {
+        "participates": False,
+        "server_steps": 4,
+        "weight_ratio": 0.25,
+        "realign_every": 3,
+        "realign_tokens": 999,
+        "realign_rank": 2,
+    },
     "federated": {
         "num_rounds": 0,
         "fraction_train": 0.3,
+        "client_rungs": [0.5, 0.25],
         "min_clients": 2,
         "dropout_ratio": 0.2,
         "round_deadline_seconds": 9.5,
@@ -214,7 +223,8 @@ def test_file_with_a_byte_order_mark_or_windows_line_ends_is_read(file: Path) ->
         ),
         (
             "server: {xyzzy: 3}",
-            "unknown config key server.xyzzy; allowed: participates, server_steps, weight_ratio",
+            "unknown config key server.xyzzy; allowed: participates, server_steps, weight_ratio, "
+            "realign_every, realign_tokens, realign_rank",
         ),
         ("3: 4", None),
         ("null: 4", None),
@@ -423,9 +433,9 @@ def test_file_without_a_compare_part_means_the_usual_comparison(file: Path, cont
          "config key local.local_stepz; did you mean local.local_steps?"),
         ("{overrides: {fedpeat: {local: {local_steps: 0}}}}",
          "compare.overrides.fedpeat: local.local_steps must be at least 1, got 0"),
-        ("{methods: [smal], variants: {small: {}}}", "compare.methods[0] must be one of fedpeat, "
-         "fed_eat, fed_peft, fed_ft, centralized, local, zero_shot, small, got 'smal'; did you "
-         "mean small?"),
+        ("{methods: [slimm], variants: {slim: {}}}", "compare.methods[0] must be one of fedpeat, "
+         "fed_eat, fed_peft, fed_ft, centralized, local, zero_shot, slim, got 'slimm'; did you "
+         "mean slim?"),
         ("{variants: [small]}", "compare.variants must be a mapping, got ['small']"),
         ("{variants: {fedpeat: {}}}", "compare.variants must be letters, digits and . _ + : -, not "
          "the name of a method, got 'fedpeat'"),

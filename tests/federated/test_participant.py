@@ -411,9 +411,9 @@ def not_finite(payload: Payload) -> Payload:
     for entry in manifest["parts"]:
         if entry["sha256"] == name:
             entry["sha256"] = part_hash(part)
-    parts = [[p["name"], p["sha256"], p["num_bytes"]] for p in manifest["parts"]]
-    use = [payload.record["config"], manifest["architecture"], manifest["blocks"]]
-    text = json.dumps([*use, manifest["source_blocks"], parts], sort_keys=True)
+    what = ("architecture", "blocks", "source_blocks", "layers", "parts")
+    use = [payload.record["config"], *(manifest[name] for name in what)]
+    text = json.dumps(use, sort_keys=True)
     manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     arrays = {**payload.arrays, part_hash(part): np.frombuffer(part, np.uint8)}
     del arrays[name]

@@ -322,3 +322,23 @@ def test_skeleton_keeps_ties_and_the_random_stream() -> None:
     empty = skeleton("GPT2LMHeadModel", settings, find_blocks(model), [0, 5], torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     assert empty.get_parameter("lm_head.weight") is empty.get_parameter("transformer.wte.weight")
+
+
+def test_what_two_lists_change_is_put_back_to_how_it_was() -> None:
+    network = Chain([nn.Linear(2, 2) for _ in range(3)])
+    network.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    network.num_blocks = 3  # type: ignore[assignment]
+    blocks = Blocks((BlockList(("blocks",), 3), BlockList(("heads",), 2)))
+    undo = cut_in_place(network, blocks, [0, 2, 3])  # 3 becomes 2, and as 2 is then heads, 1
+    assert vars(network)["num_blocks"] == 1
+    undo()
+    assert vars(network)["num_blocks"] == 3
+
+
+def test_built_network_is_frozen_whatever_the_full_one_is() -> None:
+    model = tiny_model("llama").train().requires_grad_()
+    small = build_from_blocks(model, find_blocks(model), [0, 5])
+    assert not any(m.training for m in small.modules())
+    assert not any(p.requires_grad for p in small.parameters())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())

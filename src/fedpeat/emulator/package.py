@@ -283,7 +283,9 @@ class EmulatorPackage:
             config = json.loads((folder / "config.json").read_text())
             weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
             updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise EmulatorError(f"emulator {folder} is damaged: {error}") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise EmulatorError(f"cannot read emulator {folder}: {error}") from error
         parts = _parts(weights, manifest.blocks)[1]
         parts |= {part_hash(content): content for content in updates}
