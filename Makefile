@@ -21,8 +21,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## tune the bundled model on this Python's own source, offline, and write a report
 	$(BIN)/fedpeat run examples/demo.yaml --overwrite
 
-test: $(STAMP)  ## run the tests, offline (PYTEST="-k wire -x" adds options)
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PYTEST)
+test: $(STAMP)  ## run the tests, offline, on all cores (PYTEST="-k wire -x" adds options)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST)
 
 check: $(STAMP)  ## check format, style, types, layers and spelling
 	$(BIN)/ruff format --check --output-format concise .

@@ -446,7 +446,11 @@ def test_ctrl_c_ends_a_run_with_a_hint_and_the_run_can_go_on(
     config_file: ConfigFile, tmp_path: Path
 ) -> None:
     path, run = config_file(federated={"num_rounds": 100_000}), tmp_path / "runs" / "tiny"
-    command = [sys.executable, "-m", "fedpeat", "run", str(path)]
+    listening = (  # a shell that started the tests in the background has Ctrl-C ignored
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('fedpeat', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", listening, "run", str(path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         deadline = time.monotonic() + 120
