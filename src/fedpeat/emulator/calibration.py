@@ -6,15 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedpeat.core.errors import EmulatorError
+from fedpeat.model.layers import matrix_of
 from fedpeat.model.modes import evaluating
 
-__all__ = ["Batch", "mean_loss_of", "second_moments"]
+__all__ = ["Batch", "highest", "mean_loss_of", "require_text", "second_moments"]
 
 Batch = Mapping[str, Tensor]
 """A network's inputs by name, ``labels`` among them, so that its output has a ``loss``."""
+
+
+def require_text(step: str, batches: Sequence[Batch], otherwise: str = "") -> None:
+    """Check that there is text for a step of a recipe that looks at some.
+
+    Raises:
+        EmulatorError: If there is none.
+    """
+    if not batches:
+        raise EmulatorError(
+            f"emulator.recipe {step} looks at text of the server and got none; raise "
+            f"data.server_ratio above 0{otherwise}"
+        )
+
+
+def highest(scores: Mapping[int, float], number: int) -> list[int]:
+    """Return the blocks of the highest scores, rising; of equal ones the first."""
+    return sorted(sorted(scores, key=lambda index: (-scores[index], index))[:number])
 
 
 def mean_loss_of(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -51,9 +69,8 @@ def second_moments(
     sums = {}
     counts = dict.fromkeys(layers, 0)
     for name, layer in layers.items():
-        weight = layer.get_parameter("weight")
-        width = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
-        sums[name] = torch.zeros(width, width, device=weight.device)
+        matrix = matrix_of(layer)
+        sums[name] = torch.zeros(matrix.shape[1], matrix.shape[1], device=matrix.device)
 
     def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedpeat.emulator.calibration import Batch, mean_loss_of
+from fedpeat.emulator.calibration import Batch, highest, mean_loss_of
 from fedpeat.model.blocks import Blocks
 
 __all__ = ["gradient_scores", "select_by_gradient"]
@@ -72,6 +72,4 @@ def select_by_gradient(
     batches: Sequence[Batch],
 ) -> list[int]:
     """Return the candidates of the highest gradient score, rising."""
-    scores = gradient_scores(model, blocks, candidates, batches)
-    best = sorted(candidates, key=lambda index: (-scores[index], index))
-    return sorted(best[:num_kept])
+    return highest(gradient_scores(model, blocks, candidates, batches), num_kept)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedpeat.emulator.calibration import Batch
+from fedpeat.emulator.calibration import Batch, highest
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.tracing import block_calls
 
@@ -40,6 +40,4 @@ def select_by_influence(
     batches: Sequence[Batch],
 ) -> list[int]:
     """Return the candidates of the highest block influence, rising."""
-    influence = block_influence(model, blocks, candidates, batches)
-    best = sorted(candidates, key=lambda index: (-influence[index], index))
-    return sorted(best[:num_kept])
+    return highest(block_influence(model, blocks, candidates, batches), num_kept)

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch, second_moments
+from fedpeat.emulator.calibration import Batch, require_text, second_moments
 from fedpeat.model.blocks import Blocks
-from fedpeat.model.layers import LayerSpec, LowRankLinear, is_plain_linear, replace_layers
+from fedpeat.model.layers import (
+    LayerSpec,
+    LowRankLinear,
+    is_plain_linear,
+    matrix_of,
+    replace_layers,
+)
 
 __all__ = ["factorise", "whitened_factors"]
 
@@ -40,11 +45,7 @@ def factorise(
     Raises:
         EmulatorError: If there is no text, or no linear layer.
     """
-    if not batches:
-        raise EmulatorError(
-            "emulator.recipe low_rank looks at text of the server and got none; raise "
-            "data.server_ratio above 0"
-        )
+    require_text("low_rank", batches)
     specs = []
     for index in indices:
         layers = {
@@ -102,9 +103,8 @@ def _rank(weight: Tensor, ratio: float) -> int:
 def _factorise_layer(
     model: nn.Module, name: str, layer: nn.Module, moment: Tensor, rank: int
 ) -> LayerSpec:
-    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
-    matrix = weight.T if isinstance(layer, Conv1D) else weight
-    up, down = whitened_factors(matrix.detach(), moment, rank)
+    bias = getattr(layer, "bias", None)
+    up, down = whitened_factors(matrix_of(layer), moment, rank)
     spec = LayerSpec(name, "low_rank", rank)
     replace_layers(model, [spec])
     smaller = model.get_submodule(name)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpeat.config.recipe import Step
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch
+from fedpeat.emulator.calibration import Batch, require_text
 from fedpeat.emulator.cka import select_by_cka
 from fedpeat.emulator.gradient import select_by_gradient
 from fedpeat.emulator.greedy import select_greedily
@@ -61,11 +61,8 @@ def choose_blocks(
     everything = list(range(blocks.num_blocks))
     if step.name == "full" or step.value == 1:
         return everything
-    if needs_text(step) and not batches:
-        raise EmulatorError(
-            f"emulator.recipe {step} looks at text of the server and got none; raise "
-            "data.server_ratio above 0, or use layer_drop"
-        )
+    if needs_text(step):
+        require_text(str(step), batches, ", or use layer_drop")
     with evaluating(model):
         kept = {*tuned, *required_blocks(model, blocks, batches[0] if batches else None)}
         if len(kept) == blocks.num_blocks:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch, second_moments
+from fedpeat.emulator.calibration import Batch, require_text, second_moments
 from fedpeat.model.blocks import Blocks
-from fedpeat.model.layers import LayerSpec, is_plain_linear, replace_layers
+from fedpeat.model.layers import LayerSpec, is_plain_linear, matrix_of, replace_layers
 from fedpeat.model.modes import evaluating
 
 __all__ = ["Neurons", "fit_outgoing", "leave_out_neurons", "neuron_scores", "neurons_of"]
@@ -58,20 +57,16 @@ def leave_out_neurons(
     Raises:
         EmulatorError: If there is no text, or no layer whose neurons can be told apart.
     """
-    if not batches:
-        raise EmulatorError(
-            "emulator.recipe width looks at text of the server and got none; raise "
-            "data.server_ratio above 0"
-        )
+    require_text("width", batches)
     specs: list[LayerSpec] = []
     short = {name: values[:1] for name, values in batches[0].items()}
     for index in indices:
         for neurons in neurons_of(model, blocks, index, short):
             after = model.get_submodule(neurons.after)
             moment = second_moments(model, {neurons.after: after}, batches)[neurons.after]
-            scores = neuron_scores(_matrix(after), moment)
+            scores = neuron_scores(matrix_of(after), moment)
             kept = scores.topk(max(2, int(ratio * neurons.number) // 2 * 2)).indices.sort().values
-            specs += _narrow(model, neurons, kept, fit_outgoing(_matrix(after), moment, kept))
+            specs += _narrow(model, neurons, kept, fit_outgoing(matrix_of(after), moment, kept))
     if not specs:
         raise EmulatorError(
             f"emulator.recipe width finds no neurons in the {len(indices)} kept blocks of "
@@ -126,11 +121,11 @@ def neurons_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> li
     found = []
     with evaluating(model), torch.inference_mode():
         for after, layer in layers.items():
-            number = _matrix(layer).shape[1]
+            number = matrix_of(layer).shape[1]
             candidates = [
                 name
                 for name, other in layers.items()
-                if name != after and _matrix(other).shape[0] in {number, 2 * number}
+                if name != after and matrix_of(other).shape[0] in {number, 2 * number}
             ]
             before = tuple(
                 name for name in candidates if _meets_rows(model, layers[name], layer, batch)
@@ -143,11 +138,11 @@ def neurons_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> li
 
 def _meets_rows(model: nn.Module, before: nn.Module, after: nn.Module, batch: Batch) -> bool:
     """Say whether the rows of one layer are the columns of another, with nothing mixed between."""
-    number = _matrix(after).shape[1]
+    number = matrix_of(after).shape[1]
     rows = torch.zeros(number, dtype=torch.bool)
     rows[::3] = True  # some in every part, so that a mix of neighbours shows as well
     plain = _inputs_of(model, after, batch)
-    with _changed(before, rows.repeat(_matrix(before).shape[0] // number)):
+    with _changed(before, rows.repeat(matrix_of(before).shape[0] // number)):
         changed = _inputs_of(model, after, batch)
     if plain is None or changed is None or plain.shape != changed.shape:
         return False
@@ -191,7 +186,7 @@ def _works_narrower(model: nn.Module, neurons: Neurons, batch: Batch) -> bool:
     with _silent_columns(old[neurons.after], kept):
         wanted = _output(model, batch)
     try:
-        outgoing = _matrix(old[neurons.after])[:, kept].float()
+        outgoing = matrix_of(old[neurons.after])[:, kept].float()
         _narrow(model, neurons, kept, outgoing)
         got = _output(model, batch)
     except (RuntimeError, ValueError):  # a view into heads, say, that fixes the number
@@ -230,12 +225,12 @@ def _narrow(
     specs = []
     for name in neurons.before:
         old = model.get_submodule(name)
-        halves = _matrix(old).shape[0] // neurons.number
+        halves = matrix_of(old).shape[0] // neurons.number
         rows = torch.cat([kept + half * neurons.number for half in range(halves)])
         bias = _bias(old)
         spec = LayerSpec(name, "fewer_outputs", len(rows))
         specs.append(
-            _replace(model, spec, _matrix(old)[rows], None if bias is None else bias[rows])
+            _replace(model, spec, matrix_of(old)[rows], None if bias is None else bias[rows])
         )
     bias = _bias(model.get_submodule(neurons.after))
     spec = LayerSpec(neurons.after, "fewer_inputs", len(kept))
@@ -246,17 +241,11 @@ def _replace(model: nn.Module, spec: LayerSpec, matrix: Tensor, bias: Tensor | N
     replace_layers(model, [spec])
     layer = model.get_submodule(spec.name)
     with torch.no_grad():
-        _matrix(layer).copy_(matrix)
+        matrix_of(layer).copy_(matrix)
         if bias is not None:
             layer.get_parameter("bias").copy_(bias)
     layer.requires_grad_(False)
     return spec
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    """Return the weights of a linear layer (outer, inner)."""
-    weight = layer.get_parameter("weight").detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

@@ -25,6 +25,7 @@ __all__ = [
     "LowRankLinear",
     "is_plain_linear",
     "make_plain",
+    "matrix_of",
     "num_parameters",
     "read_specs",
     "replace_layers",
@@ -54,6 +55,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Say whether a layer holds one matrix and does nothing but multiply by it."""
     own = "weight" in module._parameters  # noqa: SLF001 - not one that is computed
     return own and type(module).forward in {nn.Linear.forward, Conv1D.forward}
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """Return the weights of a linear layer (outer, inner), whichever way round it stores them."""
+    weight = layer.get_parameter("weight").detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 class LowRankLinear(nn.Linear):
@@ -271,22 +278,16 @@ def _tied_to(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _low_rank(layer: Any, rank: int) -> nn.Module:
-    outputs, inputs = _widths(layer)
+    outputs, inputs = matrix_of(layer).shape
     return LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None, like=layer.weight)
 
 
 def _fewer_outputs(layer: Any, number: int) -> nn.Module:
-    return _resized(layer, number, _widths(layer)[1])
+    return _resized(layer, number, matrix_of(layer).shape[1])
 
 
 def _fewer_inputs(layer: Any, number: int) -> nn.Module:
-    return _resized(layer, _widths(layer)[0], number)
-
-
-def _widths(layer: Any) -> tuple[int, int]:
-    """Return how many outputs and inputs a linear layer has."""
-    first, second = layer.weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
+    return _resized(layer, matrix_of(layer).shape[0], number)
 
 
 def _resized(layer: Any, outputs: int, inputs: int) -> nn.Module:

@@ -104,7 +104,8 @@ def logit_divergence(
 def distillation_loss(pair: Pair, batch: Batch, terms: Terms) -> Float[Tensor, ""]:
     """Return the weighted sum of the terms that are switched on, for one batch."""
     loss = torch.zeros((), device=batch.labels.device)
-    teacher_blocks, student_blocks = zip(*pair.meetings, strict=True)
+    meetings = pair.meetings if terms.block else pair.meetings[-1:]
+    teacher_blocks, student_blocks = zip(*meetings, strict=True)
     with _captured(student_blocks) as student_states:
         student_logits = batch.call(pair.student)
     if terms.lm:
