@@ -181,6 +181,14 @@ def test_whitening_keeps_the_directions_that_inputs_have() -> None:
     assert error(inputs.T @ inputs / 500) < 0.5 * error(torch.eye(12))
 
 
+def test_a_moment_that_rounding_left_below_zero_whitens_all_the_same() -> None:
+    moment = torch.ones(40, 40)  # of one input, all ones
+    moment[0, 0] -= 1e-4
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    up, down = whitened_factors(weight, moment, 2)
+    torch.testing.assert_close((up @ down).sum(1), weight.sum(1), rtol=1e-2, atol=1e-2)
+
+
 def test_factors_of_full_rank_are_the_matrix() -> None:
     weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     up, down = whitened_factors(weight, torch.eye(9) * 3, 6)

@@ -181,14 +181,15 @@ class EmulatorConfig:
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
-    ratio in (0, 1], or full for every block; then low_rank and the share of each matrix's weights
-    to keep; then distill:TOKENS of the server's own text (each of its images counts as one); then
-    int8 or int4. For example greedy:0.5+distill:200000+int8."""
+    ratio in (0, 1], or full for every block; then width and the share of the neurons to keep, or
+    low_rank and that of each matrix's weights; then distill:TOKENS of the server's own text (each
+    of its images counts as one); then elevate:NATS to raise the emulator's own loss; then int8 or
+    int4. For example greedy:0.5+distill:200000+int8."""
     lower_rungs: tuple[float, ...] = ()
     """Shares of the blocks that smaller emulators keep, falling, each below the recipe's, e.g.
     [0.5, 0.33]. With the recipe's own they form a ladder, on which federated.client_rungs places
     the devices; the blocks of a rung are among those of the one above it. The recipe's other steps
-    hold for every rung, distill's tokens for each."""
+    hold for every rung; distill trains all of them on the same tokens."""
     calibration_tokens: int = 16384
     """Tokens of the server's own text, or images, that a choice of blocks, and low_rank, look
     at."""
@@ -199,7 +200,7 @@ class EmulatorConfig:
     """Weight of the task's own loss (language modelling, or classes) in distillation."""
     distill_hidden_weight: float = 30.0
     """Weight of the normalised hidden-state error, at the end of the middle, in distillation."""
-    distill_logit_weight: float = 0.0
+    distill_logit_weight: float = 10.0
     """Weight of the divergence of the two distributions of tokens, or classes, in distillation."""
     distill_block_weight: float = 0.0
     """Weight of the mean of the hidden-state errors after each kept block in distillation."""

@@ -78,19 +78,18 @@ def whitened_factors(
         rank: Width between the factors.
 
     Source:
-        Wang et al. (2024), SVD-LLM (arXiv:2403.07378): with L L^T = E[x x^T], the truncated SVD of
-        W L, times the inverse of L.
+        Wang et al. (2024), SVD-LLM (arXiv:2403.07378): with S S^T = E[x x^T], the truncated SVD of
+        W S, times the inverse of S.
     """
-    identity = torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
+    energies, axes = torch.linalg.eigh(moment.double())
     scale = float(moment.diagonal().mean())
-    usable = moment.double() + _DAMPING * scale * identity if scale > 0 else identity
-    lower = torch.linalg.cholesky(usable)
-    left, values, right = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
+    # few inputs leave directions without energy, and rounding some with less than none
+    usable = energies.clamp(min=_DAMPING * scale) if scale > 0 else torch.ones_like(energies)
+    spread = axes * usable.sqrt()
+    left, values, right = torch.linalg.svd(weight.double() @ spread, full_matrices=False)
     root = values[:rank].sqrt()
     up = left[:, :rank] * root
-    down = torch.linalg.solve_triangular(
-        lower, root[:, None] * right[:rank], upper=False, left=False
-    )
+    down = root[:, None] * right[:rank] @ (axes / usable.sqrt()).T
     return up.float(), down.float()
 
 
