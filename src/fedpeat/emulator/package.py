@@ -267,7 +267,9 @@ class EmulatorPackage:
                     (temporary / UPDATE_FILE).write_bytes(self.parts[part.sha256])
                 else:
                     weights |= safetensors.torch.load(self.parts[part.sha256])
-            (temporary / WEIGHTS_FILE).write_bytes(part_bytes(weights))
+            safetensors.torch.save_file(
+                weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"}
+            )
             (temporary / "config.json").write_text(json.dumps(dict(self.config), indent=2))
             (temporary / "manifest.json").write_text(json.dumps(asdict(self.manifest), indent=2))
 
@@ -281,7 +283,7 @@ class EmulatorPackage:
         try:
             manifest = _manifest_from_dict(json.loads((folder / "manifest.json").read_text()))
             config = json.loads((folder / "config.json").read_text())
-            weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+            weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
             updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
         except SafetensorError as error:
             raise EmulatorError(f"emulator {folder} is damaged: {error}") from error
