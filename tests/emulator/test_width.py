@@ -48,8 +48,8 @@ def test_gate_and_value_made_by_one_layer_lose_the_same_neurons() -> None:
     with torch.random.fork_rng():
         model: Any = transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval()
     model.requires_grad_(False)
-    specs = leave_out_neurons(model, find_blocks(model), [1], 0.5, [calibration()])
-    assert [(s.name.rpartition(".")[2], s.size) for s in specs] == [
+    done = leave_out_neurons(model, find_blocks(model), [1], 0.5, [calibration()])
+    assert [(s.name.rpartition(".")[2], s.size) for s in done.layers] == [
         ("gate_up_proj", 64),
         ("down_proj", 32),
     ]

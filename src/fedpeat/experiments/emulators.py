@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -15,7 +15,9 @@ from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
+from fedpeat.emulator.heads import leave_out_heads
 from fedpeat.emulator.low_rank import factorise
+from fedpeat.emulator.narrowing import Narrowed, through
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_rungs
 from fedpeat.emulator.width import leave_out_neurons
@@ -48,6 +50,7 @@ class _Workpiece:
         data: Who owns which text or images.
         seed: Seed of distillation.
         observer: Is told the progress.
+        kept: What narrower layers have of the full model's so far; steps add to it.
     """
 
     ladder: Ladder
@@ -56,6 +59,7 @@ class _Workpiece:
     data: FederatedData[Examples]
     seed: int
     observer: Observer
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def make_emulators(
@@ -102,8 +106,8 @@ def make_emulators(
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layers: list[LayerSpec] = []
     fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
+    piece = _Workpiece(ladder, batches, config, data, seed, observer)
     if not top.is_full:
-        piece = _Workpiece(ladder, batches, config, data, seed, observer)
         before = _fidelity(ladder, data.validation, metric)
         for step in top.steps[1:]:
             if step.name in _AFTER_ROUNDING:
@@ -123,6 +127,7 @@ def make_emulators(
                 blocks,
                 ladder.kept[name],
                 layers=ladder.specs_of(name, layers),
+                kept=piece.kept,
                 recipe=str(recipe),
                 dtype=dtype,
                 parent_sha256=loaded.sha256,
@@ -159,6 +164,7 @@ def _agreement(
             sorted(ladder.tuned) or kept,
             data,
             probe,
+            narrow=package.kept,
             seed=seed,
         )
 
@@ -244,13 +250,20 @@ def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    if not piece.ladder.tuned:
-        raise EmulatorError(
-            f"emulator.recipe {step} would leave out neurons of blocks that the adapter sits on; "
-            "adapter.placement must be ends or top, got all; low_rank, int8 and int4 work with all"
-        )
+    return _narrow(piece, step, leave_out_neurons)
+
+
+def _heads(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    return _narrow(piece, step, leave_out_heads)
+
+
+def _narrow(piece: _Workpiece, step: Step, leave_out: Callable[..., Narrowed]) -> list[LayerSpec]:
+    """Leave something out of the middle blocks, and note what is left of the full model's."""
     ladder = piece.ladder
-    return leave_out_neurons(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+    done = leave_out(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+    names = ladder.own.rename(done.kept, ladder.blocks, dict(enumerate(ladder.largest)))
+    piece.kept.update(through(piece.kept, {names[n]: own for n, own in done.kept.items()}))
+    return done.layers
 
 
 def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
@@ -259,6 +272,7 @@ def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
     "width": _width,
+    "heads": _heads,
     "low_rank": _low_rank,
     "distill": _distill,
     "int8": _few_bits,
