@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.model.blocks import find_blocks
-from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.cut import build_from_blocks, only_blocks
 from fedpeat.tuning.distillation import (
     DistillSettings,
     Pair,
@@ -69,14 +71,14 @@ def test_logit_divergence_worked_by_hand() -> None:
     assert float(logit_divergence(teacher, student)) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block", "elevation"])
 def test_each_term_that_is_on_has_a_gradient(term: str) -> None:
     assert gradient(pair(), Terms(**{term: 1.0})).abs().max() > 0
 
 
-@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block", "elevation"])
 def test_a_weight_of_zero_switches_off_that_term_alone(term: str) -> None:
-    of, weights = pair(), {"lm": 1.0, "hidden": 2.0, "logit": 3.0, "block": 4.0}
+    of, weights = pair(), {"lm": 1.0, "hidden": 2.0, "logit": 3.0, "block": 4.0, "elevation": 5.0}
     without = gradient(of, Terms(**{**weights, term: 0.0}))
     alone = gradient(of, Terms(**{term: weights[term]}))
     torch.testing.assert_close(
@@ -106,6 +108,28 @@ def test_the_term_of_blocks_is_the_mean_over_all_meetings() -> None:
     assert float(distillation_loss(both, batch(), Terms(hidden=1.0))) == pytest.approx(each[1])
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.25, 40.0])
+def test_elevation_is_the_distance_from_the_full_models_loss_and_the_margin(margin: float) -> None:
+    of = pair()
+    above = float(mean_loss(of.student, batch()) - mean_loss(of.teacher, batch()))
+    terms = Terms(elevation=2.0, margin=margin)
+    want = 2 * abs(above - margin)
+    assert float(distillation_loss(of, batch(), terms)) == pytest.approx(want, rel=1e-4)
+
+
+def test_elevation_raises_the_loss_to_the_margin() -> None:
+    of, data = pair(tuple(range(6))), random_text()
+    settings = DistillSettings(
+        num_tokens=6_400,
+        terms=Terms(elevation=1.0, margin=1.0, hidden=0.1),
+        learning_rate=3e-3,
+        batch_size=4,
+    )
+    distill([lambda: nullcontext(of)], middle(of), data, settings, seed=0)
+    above = float(mean_loss(of.student, batch()) - mean_loss(of.teacher, batch()))
+    assert 0.8 < above < 1.2
+
+
 def test_an_emulator_of_every_block_has_no_hidden_error() -> None:
     assert measure_fidelity(pair(tuple(range(6))), random_text(), 4)["hidden_error"] == 0
 
@@ -118,7 +142,7 @@ def test_distillation_brings_the_emulator_closer_within_its_budget() -> None:
     )
     calls: list[tuple[int, int]] = []
     used = distill(
-        of,
+        [lambda: nullcontext(of)],
         middle(of),
         data,
         settings,
@@ -129,6 +153,55 @@ def test_distillation_brings_the_emulator_closer_within_its_budget() -> None:
     assert calls[-1] == (3_968, 3_968)
     assert len(calls) == 62
     assert measure_fidelity(of, data, 4)["hidden_error"] < 0.7 * before
+
+
+def rungs() -> tuple[Pair, list[Callable[[], AbstractContextManager[Pair]]]]:
+    """Return an emulator of five blocks, and what makes it itself and one of four."""
+    whole = pair((0, 2, 4, 5))
+    own = find_blocks(whole.teacher).select((0, 2, 4, 5))
+
+    @contextmanager
+    def smaller() -> Iterator[Pair]:
+        with only_blocks(whole.student, own, [0, 1, 3]):
+            yield Pair(
+                whole.teacher, whole.student, [(whole.meetings[0][0], own.output(whole.student, 1))]
+            )
+
+    return whole, [lambda: nullcontext(whole), smaller]
+
+
+def parameters_of(of: Pair) -> list[nn.Parameter]:
+    layers = [of.student.get_submodule(f"model.layers.{i}") for i in (1, 2)]
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def test_a_step_adds_up_the_gradients_of_all_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        groups = optimizer.param_groups
+        taken.append(
+            torch.cat([p.grad.flatten() for g in groups for p in g["params"] if p.grad is not None])
+        )
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    settings = DistillSettings(64, Terms(hidden=1.0, logit=1.0), learning_rate=1e-3, batch_size=4)
+    for which in ([0], [1], [0, 1]):
+        whole, both = rungs()
+        distill([both[i] for i in which], parameters_of(whole), random_text(), settings, seed=0)
+        if which == [1]:  # the block that the smaller rung lacks has no gradient
+            taken[-1] = torch.cat([taken[-1], torch.zeros(len(taken[0]) - len(taken[-1]))])
+    torch.testing.assert_close(taken[2], taken[0] + taken[1])
+
+
+def test_the_full_model_is_called_once_for_all_rungs() -> None:
+    whole, both = rungs()
+    calls: list[int] = []
+    whole.teacher.register_forward_hook(lambda *_: calls.append(1))
+    settings = DistillSettings(192, Terms(hidden=1.0), learning_rate=1e-3, batch_size=4)
+    distill(both, parameters_of(whole), random_text(), settings, seed=0)
+    assert len(calls) == 3
 
 
 def test_only_the_middle_is_trained() -> None:
@@ -142,7 +215,7 @@ def test_only_the_middle_is_trained() -> None:
     settings = DistillSettings(
         num_tokens=640, terms=Terms(lm=1.0, hidden=30.0), learning_rate=1e-2, batch_size=4
     )
-    distill(of, middle(of), random_text(), settings, seed=0)
+    distill([lambda: nullcontext(of)], middle(of), random_text(), settings, seed=0)
     for name, parameter in of.student.named_parameters():
         assert name not in fixed or torch.equal(parameter, fixed[name]), name
     assert all(torch.equal(p, teacher[n]) for n, p in of.teacher.named_parameters())
@@ -155,4 +228,4 @@ def test_a_budget_below_one_batch_is_refused() -> None:
         num_tokens=63, terms=Terms(lm=1.0, hidden=1.0), learning_rate=1e-3, batch_size=4
     )
     with pytest.raises(EmulatorError, match="at least one batch of 64 tokens"):
-        distill(of, middle(of), random_text(), settings, seed=0)
+        distill([lambda: nullcontext(of)], middle(of), random_text(), settings, seed=0)

@@ -206,7 +206,13 @@ class EmulatorConfig:
     distill_learning_rate: float = 1e-4
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
-    """Blocks of text, or images, in a distillation batch."""
+    """Blocks of text, or images, in a batch of distill and of elevate."""
+    elevate_tokens: int = 50000
+    """Tokens of the server's own text, or images, that elevate trains on."""
+    elevate_hidden_weight: float = 1.0
+    """Weight of the normalised hidden-state error beside the distance from the raised loss."""
+    elevate_learning_rate: float = 1e-4
+    """Peak learning rate of elevate."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -236,6 +242,11 @@ class EmulatorConfig:
             "at least 1",
             self.distill_batch_size,
         )
+        _require(
+            self.elevate_tokens >= 1, "emulator.elevate_tokens", "at least 1", self.elevate_tokens
+        )
+        _require_not_negative("emulator.elevate_hidden_weight", self.elevate_hidden_weight)
+        _require_positive("emulator.elevate_learning_rate", self.elevate_learning_rate)
 
     def _check_rungs(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -572,6 +583,12 @@ class Config:
             weights = sum(getattr(self.emulator, f"distill_{term}_weight") for term in terms)
             _require(weights > 0, "emulator.distill_*_weight", "above 0 for one of them", weights)
             recipe = parse_recipe(self.emulator.recipe)
+            _require(
+                not recipe.has("elevate"),
+                "server.realign_every",
+                "0 for a recipe with elevate, which it would undo",
+                self.server.realign_every,
+            )
             _require(
                 self.server.realign_rank > 0 or not (recipe.has("int8") or recipe.has("int4")),
                 "server.realign_rank",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -69,18 +70,16 @@ class Ladder:
             meetings.append((blocks.output(self.teacher, last), own.output(self.student, place)))
         return meetings
 
-    def added(self, name: str) -> list[nn.Parameter]:
-        """Return the parameters of the middle that a rung has and the smaller ones have not.
+    @property
+    def rungs(self) -> list[Callable[[], AbstractContextManager[Pair]]]:
+        """What makes the network each of the rungs for a while, the largest first."""
+        return [partial(self.rung, name) for name in self.kept]
 
-        Trained from the smallest rung up, each with all others frozen, the rungs stay nested. To be
-        asked for while the network is whole.
-        """
-        names = list(self.kept)
-        smaller = {i for below in names[names.index(name) + 1 :] for i in self.kept[below]}
+    def trainable(self) -> list[nn.Parameter]:
+        """Return the parameters of the middle; to be asked for while the network is whole."""
         return [
             parameter
             for place in self.middle
-            if self.largest[place] in self.kept[name] and self.largest[place] not in smaller
             for _, part in self.own.parts(self.student, place)
             for parameter in part.parameters()
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from fedpeat.emulator.update import UPDATE, add_update, fresh_update
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.emulators import distill_settings
 from fedpeat.experiments.ladder import Ladder
-from fedpeat.tuning.distillation import distill
+from fedpeat.tuning.distillation import Pair, distill
 
 __all__ = ["is_due", "realigned"]
 
@@ -67,7 +69,8 @@ def _with_new_update(
     factors = _factors(bench, package, network, seed)
     add_update(network, factors)
     student = _tunable(bench, network, package, adapter)
-    _distill(bench, {name: kept}, name, student, list(factors.values()), seed)
+    ladder = _ladder(bench, {name: kept}, student)
+    _distill(bench, ladder, student, list(factors.values()), derive_seed(seed, name))
     full = package.full_names(factors)
     return package.with_parts({UPDATE: {full[n]: factor for n, factor in factors.items()}})
 
@@ -97,9 +100,9 @@ def _with_new_blocks(bench: Bench, adapter: State, seed: int) -> Packages:
     state = untied_state(network)  # by the names that the layers have without the adapter
     own = {id(tensor) for tensor in state.values()}
     student = _tunable(bench, network, top, adapter)
-    for name in reversed(names):
-        added = _ladder(bench, kept, student).added(name)
-        _distill(bench, kept, name, student, [p for p in added if id(p) in own], seed)
+    ladder = _ladder(bench, kept, student)
+    trainable = [parameter for parameter in ladder.trainable() if id(parameter) in own]
+    _distill(bench, ladder, student, trainable, seed)
     full = top.full_names(state)
     parts = split({full[name]: tensor for name, tensor in state.items()}, bench.blocks)
     changed = {f"block {index}" for index in kept[names[0]] if index not in bench.protected}
@@ -130,16 +133,17 @@ def _ladder(bench: Bench, kept: Mapping[str, tuple[int, ...]], student: Tunable)
 
 
 def _distill(
-    bench: Bench,
-    kept: Mapping[str, tuple[int, ...]],
-    name: str,
-    student: Tunable,
-    trainable: list[nn.Parameter],
-    seed: int,
+    bench: Bench, ladder: Ladder, student: Tunable, trainable: list[nn.Parameter], seed: int
 ) -> None:
     data, config = bench.data.server, bench.config
     assert data is not None, "checked when the bench is set up"
     settings = distill_settings(config.emulator, config.server.realign_tokens)
-    with _ladder(bench, kept, student).rung(name) as pair, torch.random.fork_rng(devices=[]):
-        whole = replace(pair, teacher=bench.server.model, student=student.model)
-        distill(whole, trainable, data, settings, seed=derive_seed(seed, name))
+
+    @contextmanager
+    def with_adapters(rung: Callable[[], AbstractContextManager[Pair]]) -> Iterator[Pair]:
+        with rung() as pair:
+            yield replace(pair, teacher=bench.server.model, student=student.model)
+
+    rungs = [partial(with_adapters, rung) for rung in ladder.rungs]
+    with torch.random.fork_rng(devices=[]):
+        distill(rungs, trainable, data, settings, seed=seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int, float], None]
+States = Mapping[nn.Module, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,21 @@ class Terms:
         hidden: Normalised error of the hidden states at the end of the middle.
         logit: Divergence of the distributions of tokens, or classes.
         block: Mean of the hidden states' errors after each kept block of the middle.
+        elevation: How far the emulator's loss is from the full model's plus the margin.
+        margin: By how much the emulator's loss should be above the full model's [nat].
     """
 
     lm: float = 0.0
     hidden: float = 0.0
     logit: float = 0.0
     block: float = 0.0
+    elevation: float = 0.0
+    margin: float = 0.0
+
+    @property
+    def compare(self) -> bool:
+        """Whether any of them looks at the full model."""
+        return bool(self.hidden or self.logit or self.block or self.elevation)
 
 
 @dataclass(frozen=True)
@@ -101,31 +111,61 @@ def logit_divergence(
     return kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean()
 
 
-def distillation_loss(pair: Pair, batch: Batch, terms: Terms) -> Float[Tensor, ""]:
-    """Return the weighted sum of the terms that are switched on, for one batch."""
-    loss = torch.zeros((), device=batch.labels.device)
+@dataclass(frozen=True)
+class Lesson:
+    """What the full model makes of a batch.
+
+    Attributes:
+        logits: Its scores.
+        states: Hidden states that leave the blocks asked for.
+    """
+
+    logits: Tensor
+    states: States
+
+
+def lesson_of(teacher: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> Lesson:
+    """Call the full model once, for all the emulators that learn from a batch."""
+    with torch.no_grad(), _captured(blocks) as states:
+        logits = batch.call(teacher)
+    return Lesson(logits, states)
+
+
+def distillation_loss(
+    pair: Pair, batch: Batch, terms: Terms, lesson: Lesson | None = None
+) -> Float[Tensor, ""]:
+    """Return the weighted sum of the terms that are switched on, for one batch.
+
+    Args:
+        pair: Full model and emulator.
+        batch: The batch.
+        terms: Weights of the terms.
+        lesson: What the full model makes of the batch; None calls it.
+    """
     meetings = pair.meetings if terms.block else pair.meetings[-1:]
-    teacher_blocks, student_blocks = zip(*meetings, strict=True)
-    with _captured(student_blocks) as student_states:
-        student_logits = batch.call(pair.student)
+    loss = torch.zeros((), device=batch.labels.device)
+    with _captured([block for _, block in meetings]) as states:
+        logits = batch.call(pair.student)
     if terms.lm:
-        loss = loss + terms.lm * mean_loss_of_logits(student_logits, batch)
-    if not (terms.hidden or terms.logit or terms.block):
+        loss = loss + terms.lm * mean_loss_of_logits(logits, batch)
+    if not terms.compare:
         return loss
-    with torch.no_grad(), _captured(teacher_blocks) as teacher_states:
-        teacher_logits = batch.call(pair.teacher)
-    errors = [hidden_error(t, s) for t, s in zip(teacher_states, student_states, strict=True)]
+    lesson = lesson or lesson_of(pair.teacher, [block for block, _ in meetings], batch)
+    errors = [hidden_error(lesson.states[t], states[s]) for t, s in meetings]
     if terms.hidden:
         loss = loss + terms.hidden * errors[-1]
     if terms.block:
         loss = loss + terms.block * torch.stack(errors).mean()
     if terms.logit:
-        loss = loss + terms.logit * logit_divergence(teacher_logits, student_logits)
+        loss = loss + terms.logit * logit_divergence(lesson.logits, logits)
+    if terms.elevation:
+        above = mean_loss_of_logits(logits, batch) - mean_loss_of_logits(lesson.logits, batch)
+        loss = loss + terms.elevation * (above - terms.margin).abs()
     return loss
 
 
 def distill(
-    pair: Pair,
+    rungs: Sequence[Callable[[], AbstractContextManager[Pair]]],
     trainable: Sequence[nn.Parameter],
     data: Examples,
     settings: DistillSettings,
@@ -133,22 +173,30 @@ def distill(
     seed: int,
     progress: Progress | None = None,
 ) -> int:
-    """Train an emulator's middle blocks in place, within a budget of tokens.
+    """Train the middle blocks of emulators in place, within a budget of tokens.
+
+    Emulators that are parts of one network are trained together: each step adds up the gradients of
+    all of them on the same batch, so that a block fits every emulator that has it.
 
     Args:
-        pair: Full model and emulator, both frozen.
-        trainable: Parameters of the emulator to train; frozen again afterwards.
+        rungs: Each makes a network an emulator for a while, paired with the full model, all frozen;
+            the first has all blocks of the others.
+        trainable: Parameters of the first emulator to train; frozen again afterwards.
         data: The server's own examples.
         settings: Budget, weights and learning rate (warm-up over 5 % of the steps, then cosine to
             0).
         seed: Seed of the batches.
-        progress: Called with tokens done, tokens in all and the loss.
+        progress: Called with tokens done, tokens in all and the mean loss.
 
     Returns:
         Tokens used: the largest number of whole batches in the budget.
 
     Raises:
         EmulatorError: If there is nothing to train, or the budget is below one batch.
+
+    Source:
+        Yu and Huang (2019), Universally slimmable networks (arXiv:1903.05134), for gradients of the
+        largest, the smallest and other widths added up in each step; here of depths, and all.
     """
     tokens_per_step = settings.batch_size * data.tokens_per_example
     num_steps = settings.num_tokens // tokens_per_step
@@ -163,21 +211,34 @@ def distill(
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=0.1, foreach=True
     )
-    with evaluating(pair.teacher), evaluating(pair.student):
+    with ExitStack() as stack:
+        blocks: list[nn.Module] = []
+        for rung in rungs:
+            with rung() as pair:
+                teacher = pair.teacher
+                blocks += [block for block, _ in pair.meetings]
+                stack.enter_context(evaluating(pair.student))
+        stack.enter_context(evaluating(teacher))
         for step in range(num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * warmup_cosine(step, num_steps)
             batch = batch_of(
                 data, batch_rows(data.num_examples, settings.batch_size, step, seed), device
             )
-            with autocast(pair.student, device):
-                loss = distillation_loss(pair, batch, settings.terms)
-            loss.backward()
+            with autocast(teacher, device):
+                lesson = lesson_of(teacher, blocks, batch) if settings.terms.compare else None
+            losses = []
+            for rung in rungs:
+                with rung() as pair, autocast(pair.student, device):
+                    loss = distillation_loss(pair, batch, settings.terms, lesson)
+                loss.backward()
+                losses.append(loss.item())
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if progress is not None:
-                progress((step + 1) * tokens_per_step, num_steps * tokens_per_step, loss.item())
+                mean = sum(losses) / len(losses)
+                progress((step + 1) * tokens_per_step, num_steps * tokens_per_step, mean)
     for parameter in trainable:
         parameter.requires_grad_(False)
     return num_steps * tokens_per_step
@@ -207,22 +268,23 @@ def measure_fidelity(
             with _captured([teacher_block]) as teacher, _captured([student_block]) as student:
                 batch.call(pair.teacher)
                 batch.call(pair.student)
-            errors.append(float(hidden_error(teacher[0], student[0])) * len(rows))
+            error = hidden_error(teacher[teacher_block], student[student_block])
+            errors.append(float(error) * len(rows))
     quality = evaluate(pair.student, data, batch_size).value(metric)
     return {metric: quality, "hidden_error": sum(errors) / data.num_examples}
 
 
 @contextmanager
-def _captured(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that some blocks put out, in the order of the call."""
-    outputs: list[Tensor] = []
+def _captured(blocks: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect the hidden states that some blocks put out, those of the last call of each."""
+    states: dict[nn.Module, Tensor] = {}
 
-    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+    def keep(module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        states[module] = output[0] if isinstance(output, tuple) else output
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles = [block.register_forward_hook(keep) for block in dict.fromkeys(blocks)]
     try:
-        yield outputs
+        yield states
     finally:
         for handle in handles:
             handle.remove()
