@@ -16,6 +16,7 @@ from fedpeat.core.wire import decode
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
 from fedpeat.experiments.evaluate import evaluate_adapter
+from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.federated.rounds import FederationState
@@ -127,12 +128,21 @@ def test_a_run_that_is_resumed_ends_bit_identical(
     assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
 
 
+@pytest.mark.parametrize("method", ["fed_peft", "fed_ft", "centralized", "local", "zero_shot"])
+def test_rivals_that_tune_no_narrow_block_as_a_whole_take_the_settings(
+    method: str, config: Config
+) -> None:
+    changed = METHODS[method].settings(config)
+    assert (changed.emulator.recipe == "full") == (method != "local")
+
+
 def test_gradients_are_compared_where_both_have_entries(config: Config, tmp_path: Path) -> None:
     whole = {"emulator": {"recipe": "width:1", "lower_rungs": []}, "federated": {"num_rounds": 0}}
     run(override(config, {**whole, "federated": {"client_rungs": [], "num_rounds": 0}}))
     fidelity = EmulatorPackage.load(tmp_path / "tiny" / "emulator").manifest.fidelity
     assert fidelity["gradient_cosine"] > 0.99
     assert fidelity["gradient_cosine_tuned"] > 0.99
-    run(override(config, {"name": "half", "federated": {"num_rounds": 0}}))
+    half = {"name": "half", "adapter": {"target_modules": ["up_proj"]}}  # all of B is in part
+    run(override(config, {**half, "federated": {"num_rounds": 0}}))
     fidelity = EmulatorPackage.load(tmp_path / "half" / "emulator").manifest.fidelity
-    assert all(f"gradient_cosine_tuned_block_{i}" in fidelity for i in (0, 5))
+    assert all(f"gradient_cosine_block_{i}" in fidelity for i in (0, 5))
