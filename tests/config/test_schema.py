@@ -224,6 +224,31 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             "leaves nothing to align, got 2",
         ),
         (
+            {
+                "adapter": {"method": "none", "placement": "all"},
+                "emulator": {"recipe": "width:0.5"},
+            },
+            "adapter.method must be lora, ia3 or prompt for adapter.placement all with width in "
+            "emulator.recipe, since whole weights would undo the step, got 'none'",
+        ),
+        (
+            {
+                "adapter": {"use_dora": True, "placement": "all"},
+                "emulator": {"recipe": "heads:0.5"},
+            },
+            "adapter.use_dora must be false for adapter.placement all with heads in "
+            "emulator.recipe, since a magnitude is the norm of a whole row, got True",
+        ),
+        (
+            {
+                "adapter": {"placement": "all"},
+                "emulator": {"recipe": "width:0.5"},
+                "federated": {"lora_aggregation": "svd"},
+            },
+            "federated.lora_aggregation must be average, ffa or rolora for adapter.placement all "
+            "with width in emulator.recipe, which average entry by entry, got 'svd'",
+        ),
+        (
             {"server": {"realign_every": 1, "realign_tokens": 1000}},
             "server.realign_tokens must be at least 1024, a batch of emulator.distill_batch_size "
             "blocks, got 1000",
@@ -231,7 +256,11 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
         (
             {
                 "server": {"realign_every": 1},
-                "emulator": {"distill_lm_weight": 0.0, "distill_hidden_weight": 0.0},
+                "emulator": {
+                    "distill_lm_weight": 0.0,
+                    "distill_hidden_weight": 0.0,
+                    "distill_logit_weight": 0.0,
+                },
             },
             "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
         ),

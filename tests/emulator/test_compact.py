@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from fedpeat.core.errors import EmulatorError
 from fedpeat.core.wire import decode, encode
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
+from fedpeat.emulator.heads import leave_out_heads
 from fedpeat.emulator.low_rank import factorise, whitened_factors
+from fedpeat.emulator.narrowing import Narrowed
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.model.blocks import find_blocks
@@ -30,7 +33,11 @@ from tiny import CONFIGS, random_ids, tiny_model
 CPU = torch.device("cpu")
 KEPT = (0, 2, 3, 5)
 MIDDLE = (1, 2)
-MAKERS = {"low_rank": factorise, "width": leave_out_neurons}
+MAKERS: Mapping[str, Callable[..., list[LayerSpec] | Narrowed]] = {
+    "low_rank": factorise,
+    "width": leave_out_neurons,
+    "heads": leave_out_heads,
+}
 
 
 def calibration(num_batches: int = 2) -> list[Batch]:
@@ -45,7 +52,8 @@ def small(kind: str, *steps: str) -> tuple[Any, list[LayerSpec]]:
     specs: list[LayerSpec] = []
     for step in steps:
         if step in MAKERS:
-            specs += MAKERS[step](student, blocks.select(KEPT), MIDDLE, 0.5, calibration())
+            done = MAKERS[step](student, blocks.select(KEPT), MIDDLE, 0.5, calibration())
+            specs += done.layers if isinstance(done, Narrowed) else done
         else:
             specs += store_in_few_bits(student, "int8" if step == "int8" else "int4")
     return student, specs
@@ -66,12 +74,21 @@ def packed(kind: str, *steps: str, dtype: torch.dtype = torch.float32) -> Emulat
     )
 
 
-RECIPES = [("low_rank",), ("width",), ("int8",), ("int4",), ("width", "low_rank", "int4")]
+RECIPES = [
+    ("low_rank",),
+    ("width",),
+    ("heads",),
+    ("int8",),
+    ("int4",),
+    ("width", "heads", "low_rank", "int4"),
+]
 
 
 @pytest.mark.parametrize("steps", RECIPES, ids="+".join)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_holder_computes_what_was_packed(kind: str, steps: tuple[str, ...]) -> None:
+    if kind == "bloom":  # what is outside its blocks counts its heads
+        steps = tuple(step for step in steps if step != "heads")
     ids = random_ids()
     message = encode(packed(kind, *steps).to_payload())
     built = EmulatorPackage.from_payload(decode(message)).build(CPU, torch.float32)
@@ -248,6 +265,37 @@ def test_a_manifest_that_names_no_layer_of_the_network_is_refused() -> None:
     broken = replace(package, manifest=replace(package.manifest, layers=layers))
     with pytest.raises(EmulatorError, match="has no layer model.layers.9"):
         broken.build(CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "got"),
+    [
+        ("transformer.h.1.attn.split_size", 33, "32, got 33"),
+        ("transformer.h.1.attn.layer_idx", 1, "1, got 1"),
+        ("transformer.h.1.attn.forward", 1, "None, got 1"),
+        ("transformer.h.1.attn.is_cross_attention", 1, "False, got 1"),
+        ("transformer.h.1.attn.hidden_size", 1, "None, got 1"),
+        ("transformer.h.1.attn.c_attn.weight.data", 1, "has no layer"),
+        ("training", 1, "True, got 1"),
+    ],
+)
+def test_a_manifest_changes_no_attribute_but_to_a_smaller_number_of_heads(
+    name: str, size: int, got: str
+) -> None:
+    package = packed("gpt2", "heads")
+    specs = (*package.manifest.layers, LayerSpec(name, "size", size))
+    specs = tuple(s for s in specs if s.name != name or s.size == size)
+    broken = replace(package, manifest=replace(package.manifest, layers=specs))
+    with pytest.raises(EmulatorError, match=got):
+        broken.build(CPU, torch.float32)
+
+
+def test_a_manifest_says_what_a_module_must_know_of_its_fewer_heads() -> None:
+    package = packed("gpt2", "heads")
+    sizes = {s.name: s.size for s in package.manifest.layers if s.kind == "size"}
+    assert sizes["transformer.h.1.attn.split_size"] == 16
+    built: Any = package.build(CPU, torch.float32)
+    assert [block.attn.split_size for block in built.transformer.h] == [32, 16, 16, 32]
 
 
 def test_rounding_is_the_same_for_every_holder() -> None:

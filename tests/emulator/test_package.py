@@ -6,6 +6,7 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,58 @@ def test_configuration_does_not_say_where_the_owner_keeps_the_model(model_dir: P
         parent_sha256="",
     )
     assert str(model_dir) not in json.dumps(dict(package.config))
+
+
+# --- what is left of narrower layers ----------------------------------------------------------
+
+KEPT = {
+    "model.layers.2.mlp.up_proj.rows": (0, 2, 5),
+    "model.layers.2.mlp.down_proj.columns": (0, 2, 5),
+    "model.layers.3.mlp.up_proj.rows": (1,),
+}
+
+
+def narrow(kept: dict[str, tuple[int, ...]]) -> EmulatorPackage:
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    small = build_from_blocks(model, blocks, (0, 2, 5))
+    settings: Any = {"recipe": "", "dtype": torch.float32, "parent_sha256": ""}
+    return pack_emulator(small, model, blocks, (0, 2, 5), kept=kept, **settings)
+
+
+def test_what_is_left_of_its_own_layers_is_saved_and_read(tmp_path: Path) -> None:
+    package = narrow(KEPT)
+    assert list(package.kept) == list(KEPT)[:2]
+    package.save(tmp_path / "e")
+    assert EmulatorPackage.load(tmp_path / "e") == package
+    assert package.with_parts({}).kept == package.with_fidelity({}).kept == package.kept
+
+
+def test_what_is_left_is_part_of_what_an_emulator_is() -> None:
+    other = {**KEPT, "model.layers.2.mlp.up_proj.rows": (0, 2, 6)}
+    one, another = narrow(KEPT), narrow(other)
+    assert one.parts == another.parts
+    assert one.manifest.sha256 != another.manifest.sha256
+
+
+def test_which_rows_are_left_is_never_sent() -> None:
+    package = narrow(KEPT)
+    payload = package.to_payload()
+    assert "mlp.up_proj" not in json.dumps(payload.record)
+    assert EmulatorPackage.from_payload(payload).kept == {}
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model.layers.2.mlp.up_proj.rows": [0, 2, 6]}'])
+def test_other_rows_than_were_left_are_refused(text: str, tmp_path: Path) -> None:
+    narrow(KEPT).save(tmp_path / "e")
+    (tmp_path / "e" / "kept.json").write_text(text)
+    with pytest.raises(EmulatorError, match="damaged: the hash of kept.json must be"):
+        EmulatorPackage.load(tmp_path / "e")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"a": 1}', "{"])
+def test_rows_that_cannot_be_read_are_refused(text: str, tmp_path: Path) -> None:
+    narrow(KEPT).save(tmp_path / "e")
+    (tmp_path / "e" / "kept.json").write_text(text)
+    with pytest.raises(EmulatorError, match="cannot read emulator"):
+        EmulatorPackage.load(tmp_path / "e")

@@ -177,7 +177,7 @@ def test_missing_blocks_of_a_narrower_emulator_are_as_narrow_as_the_kept_ones(ki
     blocks, kept = find_blocks(model), (0, 2, 5)
     small = build_from_blocks(model, blocks, kept)
     batch = {"input_ids": random_ids(), "labels": random_ids()}
-    layers = leave_out_neurons(small, blocks.select(kept), [1], 0.5, [batch])
+    layers = leave_out_neurons(small, blocks.select(kept), [1], 0.5, [batch]).layers
     package = pack_emulator(
         small, model, blocks, kept, layers=layers, recipe="", dtype=torch.float32, parent_sha256=""
     )

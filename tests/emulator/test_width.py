@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.calibration import Batch
+from fedpeat.emulator.narrowing import through
 from fedpeat.emulator.width import fit_outgoing, leave_out_neurons, neuron_scores, neurons_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
@@ -48,8 +49,8 @@ def test_gate_and_value_made_by_one_layer_lose_the_same_neurons() -> None:
     with torch.random.fork_rng():
         model: Any = transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings)).eval()
     model.requires_grad_(False)
-    specs = leave_out_neurons(model, find_blocks(model), [1], 0.5, [calibration()])
-    assert [(s.name.rpartition(".")[2], s.size) for s in specs] == [
+    done = leave_out_neurons(model, find_blocks(model), [1], 0.5, [calibration()])
+    assert [(s.name.rpartition(".")[2], s.size) for s in done.layers] == [
         ("gate_up_proj", 64),
         ("down_proj", 32),
     ]
@@ -98,6 +99,12 @@ def test_neurons_that_are_never_active_are_left_as_they_are() -> None:
     assert torch.equal(
         fit_outgoing(outgoing, torch.zeros(2, 2), torch.tensor([1])), torch.tensor([[7.0]])
     )
+
+
+def test_what_is_left_after_two_cuts_is_counted_in_the_larger_network() -> None:
+    first = {"a.rows": (1, 3, 5, 7), "b.rows": (0,)}
+    left = {"a.rows": (1, 5), "b.rows": (0,), "c.columns": (4,)}
+    assert through(first, {"a.rows": (0, 2), "c.columns": (4,)}) == left
 
 
 class Mixed(nn.Module):

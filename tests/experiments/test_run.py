@@ -157,6 +157,8 @@ def test_every_adapter_and_placement_survives_the_trip_to_disk(
         ("int8", "all"),
         ("low_rank:0.5+int4", "all"),
         ("greedy:0.5+width:0.5+distill:640+int8", "ends"),
+        ("layer_drop:0.5+width:0.5+heads:0.5+distill:640+int8", "all"),
+        ("width:0.5+width:0.5+heads:0.5+low_rank:0.5", "all"),
     ],
 )
 def test_a_federation_runs_on_every_kind_of_emulator(
@@ -177,7 +179,14 @@ def test_a_federation_runs_on_every_kind_of_emulator(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emulator": {"recipe": "width:0.5"}, "adapter": {"placement": "all"}}, "must be ends"),
+        (
+            {
+                "emulator": {"recipe": "width:0.5"},
+                "adapter": {"placement": "all"},
+                "method": "fed_eat",
+            },
+            "adapter.method must be lora, ia3 or prompt",
+        ),
         (
             {"emulator": {"recipe": "int8"}, "adapter": {"method": "none"}},
             "lora works on top of int8",

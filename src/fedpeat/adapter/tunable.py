@@ -42,12 +42,13 @@ class Tunable:
     Attributes:
         model: The network to call; a ``peft.PeftModel`` where a PEFT method is used.
         parameters: Tuned parameters by their name in the full model, in a fixed order.
+        shapes: Shape of each at the rank that it was attached with.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model = model
         self.parameters = dict(parameters)
-        self._shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +84,7 @@ class Tunable:
         Raises:
             AdapterError: If a name or a shape does not fit; nothing is copied then.
         """
-        shapes = self._shapes
+        shapes: Mapping[str, tuple[int, ...]] = self.shapes
         if rank is not None:
             shapes = {name: shape_at_rank(name, s, rank) for name, s in shapes.items()}
         check_state(state, shapes)

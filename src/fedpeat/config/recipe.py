@@ -45,6 +45,9 @@ STEPS: Mapping[str, StepKind] = {
     "width": StepKind(
         1, "ratio", "keep this share of the neurons inside the kept middle blocks, refit the rest"
     ),
+    "heads": StepKind(
+        1, "ratio", "keep this share of the attention heads of the kept middle blocks"
+    ),
     "low_rank": StepKind(
         1, "ratio", "factor the linear layers of the kept middle blocks, keep this share of weights"
     ),

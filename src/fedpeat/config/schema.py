@@ -560,6 +560,7 @@ class Config:
         )
         self._check_lora()
         self._check_ladder()
+        self._check_narrow()
 
     def _check_ladder(self) -> None:
         whole_blocks = self.adapter.method == "none" and self.adapter.placement == "all"
@@ -603,6 +604,22 @@ class Config:
                 f"rungs of the ladder ({allowed})",
                 rung,
             )
+
+    def _check_narrow(self) -> None:
+        """Check that the adapter can be cut like the layers that it sits on."""
+        recipe = parse_recipe(self.emulator.recipe)
+        step = next((s for s in recipe.steps if s.name in {"width", "heads"}), None)
+        if step is None or self.adapter.placement != "all":
+            return
+        where = f" for adapter.placement all with {step.name} in emulator.recipe"
+        method, use_dora = self.adapter.method, self.adapter.use_dora
+        whole = f"lora, ia3 or prompt{where}, since whole weights would undo the step"
+        _require(method not in {"none", "full"}, "adapter.method", whole, method)
+        norms = f"false{where}, since a magnitude is the norm of a whole row"
+        _require(not use_dora, "adapter.use_dora", norms, use_dora)
+        rule = self.federated.lora_aggregation
+        factors = f"average, ffa or rolora{where}, which average entry by entry"
+        _require(rule != "svd", "federated.lora_aggregation", factors, rule)
 
     def _check_lora(self) -> None:
         rule, ranks = self.federated.lora_aggregation, self.federated.client_ranks

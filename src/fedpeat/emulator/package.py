@@ -36,12 +36,13 @@ from fedpeat.emulator.parts import (
 from fedpeat.emulator.update import UPDATE, add_update
 from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
-from fedpeat.model.layers import LayerSpec, num_parameters, read_specs
+from fedpeat.model.layers import Kept, LayerSpec, num_parameters, read_specs
 
 __all__ = ["EmulatorPackage", "Manifest", "Memory", "Part", "pack_emulator"]
 
-SCHEMA = 4
+SCHEMA = 5
 WEIGHTS_FILE, UPDATE_FILE = "model.safetensors", "update.safetensors"
+KEPT_FILE = "kept.json"
 
 Memory = MutableMapping[str, dict[str, torch.Tensor]]
 """Tensors of parts by the parts' hashes; networks that are built from one share it."""
@@ -70,6 +71,7 @@ class Manifest:
         num_bytes: Length of all parts together.
         dtype: Type of the weights.
         parent_sha256: Fingerprint of the full model's weights.
+        kept_sha256: Hash of what its narrower layers have of the full model's.
         sha256: Hash of parts, configuration and block indices; the emulator's identity.
         parts: Its parts.
         fidelity: What was measured of it, by name.
@@ -84,6 +86,7 @@ class Manifest:
     num_bytes: int
     dtype: str
     parent_sha256: str
+    kept_sha256: str
     sha256: str
     parts: tuple[Part, ...]
     fidelity: Mapping[str, float] = field(default_factory=dict)
@@ -103,11 +106,14 @@ class EmulatorPackage:
         manifest: What it is.
         config: Configuration of the full model; blocks are taken out of a network built from it.
         parts: Its parts by hash, or those of them that were sent.
+        kept: Rows and columns that its narrower layers have, by the layers' names in the full
+            model. They stay with the server: a device needs no more than how many there are.
     """
 
     manifest: Manifest
     config: Mapping[str, Any]
     parts: Mapping[str, bytes]
+    kept: Kept = field(default_factory=dict)
 
     def build(
         self, device: torch.device, dtype: torch.dtype, memory: Memory | None = None
@@ -199,7 +205,7 @@ class EmulatorPackage:
         )
         manifest = replace(manifest, sha256=identity(self.config, manifest))
         by_hash = {part_hash(content): content for content in contents.values()}
-        return EmulatorPackage(manifest, self.config, by_hash)
+        return replace(self, manifest=manifest, parts=by_hash)
 
     def to_payload(self, held: Collection[str] = ()) -> Payload:
         """Return the emulator as a message, without the parts that somebody holds.
@@ -270,6 +276,8 @@ class EmulatorPackage:
             safetensors.torch.save_file(
                 weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"}
             )
+            if self.kept:
+                (temporary / KEPT_FILE).write_text(json.dumps(dict(self.kept)))
             (temporary / "config.json").write_text(json.dumps(dict(self.config), indent=2))
             (temporary / "manifest.json").write_text(json.dumps(asdict(self.manifest), indent=2))
 
@@ -285,14 +293,21 @@ class EmulatorPackage:
             config = json.loads((folder / "config.json").read_text())
             weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
             updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
+            texts = [path.read_text() for path in folder.glob(KEPT_FILE)]
+            kept = {name: tuple(own) for text in texts for name, own in json.loads(text).items()}
         except SafetensorError as error:
             raise EmulatorError(f"emulator {folder} is damaged: {error}") from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise EmulatorError(f"cannot read emulator {folder}: {error}") from error
         parts = _parts(weights, manifest.blocks)[1]
         parts |= {part_hash(content): content for content in updates}
-        package = cls(manifest, config, parts)
+        package = cls(manifest, config, parts, kept)
         package.verify()
+        if (got := _kept_hash(kept)) != (wanted := manifest.kept_sha256):
+            raise EmulatorError(
+                f"emulator is damaged: the hash of {KEPT_FILE} must be {wanted[:12]}, "
+                f"got {got[:12]}"
+            )
         if lacking := package.lacking():
             raise EmulatorError(f"emulator is damaged: it lacks {', '.join(lacking)}")
         return package
@@ -317,6 +332,7 @@ def pack_emulator(
     source_blocks: Sequence[int],
     *,
     layers: Sequence[LayerSpec] = (),
+    kept: Kept | None = None,
     recipe: str,
     dtype: torch.dtype,
     parent_sha256: str,
@@ -329,6 +345,8 @@ def pack_emulator(
         blocks: The full model's blocks.
         source_blocks: Index in the full model of each block of the emulator.
         layers: What was done to its layers.
+        kept: Rows and columns that are left of the full model's layers; those of other blocks than
+            its own are passed over.
         recipe: How it was made.
         dtype: Type of the weights.
         parent_sha256: Fingerprint of the full model's weights.
@@ -341,6 +359,7 @@ def pack_emulator(
     config = json.loads(parent.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the owner keeps the model is nobody's business
     config["dtype"] = str(dtype).split(".")[-1]
+    own = {n: k for n, k in (kept or {}).items() if blocks.locate(n) in {None, *source_blocks}}
     manifest = Manifest(
         recipe=recipe,
         architecture=type(parent).__name__,
@@ -351,11 +370,16 @@ def pack_emulator(
         num_bytes=sum(part.num_bytes for part in listed),
         dtype=str(dtype).split(".")[-1],
         parent_sha256=parent_sha256,
+        kept_sha256=_kept_hash(own),
         sha256="",
         parts=listed,
     )
     manifest = replace(manifest, sha256=identity(config, manifest))
-    return EmulatorPackage(manifest, config, parts)
+    return EmulatorPackage(manifest, config, parts, own)
+
+
+def _kept_hash(kept: Kept) -> str:
+    return hashlib.sha256(json.dumps(dict(kept), sort_keys=True).encode()).hexdigest()
 
 
 def identity(config: Mapping[str, Any], manifest: Manifest) -> str:
@@ -366,6 +390,7 @@ def identity(config: Mapping[str, Any], manifest: Manifest) -> str:
         asdict(manifest.blocks),
         manifest.source_blocks,
         [asdict(spec) for spec in manifest.layers],
+        manifest.kept_sha256,
         [asdict(part) for part in manifest.parts],
     ]
     return hashlib.sha256(json.dumps(use, sort_keys=True).encode()).hexdigest()

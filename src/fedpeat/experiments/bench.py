@@ -9,6 +9,7 @@ import torch
 
 from fedpeat.adapter.lora import Part, State, check_only_pairs, part_of
 from fedpeat.adapter.placement import tuned_blocks
+from fedpeat.adapter.slices import Slice, slices_of
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.control.fixed import FixedController
@@ -95,11 +96,16 @@ class Bench:
                 self.config.adapter,
                 [index for index in self.tuned if index in kept],
                 self._tensors_of(kept),
+                self.slices_of(package),
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
             self.shelf.put(decode(rung.hold_message(rung.parts, current)))
         return rungs
+
+    def slices_of(self, package: EmulatorPackage) -> dict[str, Slice]:
+        """Return the entries of the adapter's tensors that an emulator has in part."""
+        return slices_of(self.server.shapes, package.kept)
 
     def _tensors_of(self, kept: set[int]) -> frozenset[str]:
         """Return the names of the adapter's tensors that a network with some blocks has."""

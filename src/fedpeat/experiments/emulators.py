@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -15,7 +15,9 @@ from fedpeat.core.seeds import derive_seed, generator
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
+from fedpeat.emulator.heads import leave_out_heads
 from fedpeat.emulator.low_rank import factorise
+from fedpeat.emulator.narrowing import Narrowed, through
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_rungs
 from fedpeat.emulator.width import leave_out_neurons
@@ -48,6 +50,7 @@ class _Workpiece:
         data: Who owns which text or images.
         seed: Seed of distillation.
         observer: Is told the progress.
+        kept: What narrower layers have of the full model's so far; steps add to it.
     """
 
     ladder: Ladder
@@ -56,6 +59,7 @@ class _Workpiece:
     data: FederatedData[Examples]
     seed: int
     observer: Observer
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def make_emulators(
@@ -92,18 +96,41 @@ def make_emulators(
     top = parse_recipe(config.recipe)
     recipes = {rung_name(top.ratio): top}
     recipes |= {rung_name(ratio): top.at(ratio) for ratio in config.lower_rungs}
+    packages = _made(loaded, blocks, tuned, config, recipes, data, metric, seed, observer)
+    if top.is_full or probe is None:
+        return packages
+    for name, package in packages.items():
+        agreement = _agreement(loaded.model, tuned, package, data, probe, seed)
+        observer.message(agreement_line(agreement))
+        packages[name] = package.with_fidelity({**package.manifest.fidelity, **agreement})
+    return packages
+
+
+def _made(
+    loaded: LoadedModel,
+    blocks: Blocks,
+    tuned: Sequence[int],
+    config: EmulatorConfig,
+    recipes: Mapping[str, Recipe],
+    data: FederatedData[Examples],
+    metric: str,
+    seed: int,
+    observer: Observer,
+) -> dict[str, EmulatorPackage]:
+    """Return the emulators; the network that they were made in is gone afterwards."""
+    names, top = list(recipes), next(iter(recipes.values()))
     batches = _calibration(loaded, data, config)
     steps = [recipe.selection for recipe in recipes.values()]
     kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept[0])
     ladder = Ladder(
-        loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), frozenset(tuned)
+        loaded.model, student, blocks, dict(zip(names, kept, strict=True)), frozenset(tuned)
     )
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layers: list[LayerSpec] = []
-    fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
+    fidelity: dict[str, dict[str, float]] = {name: {} for name in names}
+    piece = _Workpiece(ladder, batches, config, data, seed, observer)
     if not top.is_full:
-        piece = _Workpiece(ladder, batches, config, data, seed, observer)
         before = _fidelity(ladder, data.validation, metric)
         for step in top.steps[1:]:
             if step.name in _AFTER_ROUNDING:
@@ -115,6 +142,7 @@ def make_emulators(
             fidelity[name] |= {f"{key}_before": value for key, value in before[name].items()}
             observer.message(_fidelity_line(recipe, ladder.kept[name], fidelity[name], metric))
     packages = {}
+    contents: dict[str, bytes] = {}  # rungs have parts in common, which are in memory once
     for name, recipe in recipes.items():
         with ladder.rung(name):
             package = pack_emulator(
@@ -123,42 +151,40 @@ def make_emulators(
                 blocks,
                 ladder.kept[name],
                 layers=ladder.specs_of(name, layers),
+                kept=piece.kept,
                 recipe=str(recipe),
                 dtype=dtype,
                 parent_sha256=loaded.sha256,
             )
-        packages[name] = package.with_fidelity(fidelity[name])
-    if top.is_full or probe is None:
-        return packages
-    for name, package in packages.items():
-        agreement = _agreement(loaded.model, ladder, name, package, data, probe, seed)
-        observer.message(agreement_line(agreement))
-        packages[name] = package.with_fidelity({**fidelity[name], **agreement})
+        parts = {sha256: contents.setdefault(sha256, c) for sha256, c in package.parts.items()}
+        packages[name] = replace(package, parts=parts).with_fidelity(fidelity[name])
     return packages
 
 
 def _agreement(
     model: transformers.PreTrainedModel,
-    ladder: Ladder,
-    name: str,
+    tuned: Sequence[int],
     package: EmulatorPackage,
     data: FederatedData[Examples],
     probe: Probe,
     seed: int,
 ) -> dict[str, float]:
     """Return how what devices build from a rung's bytes agrees with the full model."""
-    computed, kept = next(model.parameters()), list(ladder.kept[name])
+    computed, manifest = next(model.parameters()), package.manifest
     student = package.build(computed.device, computed.dtype)
-    with replace(ladder, student=student, kept={name: kept}).rung(name) as pair:
+    kept = list(manifest.source_blocks)
+    ladder = Ladder(model, student, manifest.blocks, {manifest.recipe: kept}, frozenset(tuned))
+    with ladder.rung(manifest.recipe) as pair:
         return measure_agreement(
             model,
             student,
             pair.meetings,
-            ladder.blocks,
+            manifest.blocks,
             kept,
-            sorted(ladder.tuned) or kept,
+            sorted(tuned) or kept,
             data,
             probe,
+            narrow=package.kept,
             seed=seed,
         )
 
@@ -259,13 +285,20 @@ def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    if not piece.ladder.tuned:
-        raise EmulatorError(
-            f"emulator.recipe {step} would leave out neurons of blocks that the adapter sits on; "
-            "adapter.placement must be ends or top, got all; low_rank, int8 and int4 work with all"
-        )
+    return _narrow(piece, step, leave_out_neurons)
+
+
+def _heads(piece: _Workpiece, step: Step) -> list[LayerSpec]:
+    return _narrow(piece, step, leave_out_heads)
+
+
+def _narrow(piece: _Workpiece, step: Step, leave_out: Callable[..., Narrowed]) -> list[LayerSpec]:
+    """Leave something out of the middle blocks, and note what is left of the full model's."""
     ladder = piece.ladder
-    return leave_out_neurons(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+    done = leave_out(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
+    names = ladder.own.rename(done.kept, ladder.blocks, dict(enumerate(ladder.largest)))
+    piece.kept.update(through(piece.kept, {names[n]: own for n, own in done.kept.items()}))
+    return done.layers
 
 
 def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
@@ -274,6 +307,7 @@ def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 
 STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
     "width": _width,
+    "heads": _heads,
     "low_rank": _low_rank,
     "distill": _distill,
     "elevate": _elevate,

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import transformers
 from torch import nn
 
+from fedpeat.adapter.slices import Slices, filled_in, sliced, slices_of
 from fedpeat.adapter.tunable import Tunable, attached
 from fedpeat.config.schema import AdapterConfig, Config
 from fedpeat.core.seeds import derive_seed
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.model.blocks import Blocks
+from fedpeat.model.layers import Kept
 from fedpeat.tuning.distillation import Pair
 from fedpeat.tuning.fidelity import adapter_gradient, agreement, gradient_cosines
 from fedpeat.tuning.local import LocalSettings, train
@@ -61,6 +64,7 @@ def measure_agreement(
     data: FederatedData[Examples],
     probe: Probe,
     *,
+    narrow: Kept,
     seed: int,
 ) -> dict[str, float]:
     """Return agreement of states, predictions and the adapter's gradients, on held-out data.
@@ -78,6 +82,7 @@ def measure_agreement(
         tuned: Blocks that the adapter sits on.
         data: Text or images, held out and the server's.
         probe: The adapter, and how it is tuned.
+        narrow: Rows and columns that the emulator's narrower layers have.
         seed: Seed of the run.
     """
     pair = Pair(model, emulator, meetings)
@@ -88,10 +93,13 @@ def measure_agreement(
         attached(model, blocks, tuned, probe.adapter, seed=init) as full,
         attached(emulator, blocks, tuned, probe.adapter, kept=kept, seed=init) as small,
     ):
-        if _shapes(full) != _shapes(small):  # they cannot hold equal values
-            return measured
-        small.load(full.state())
-        measured |= _compared(full, small, shown, blocks)
+        slices = slices_of(full.shapes, narrow)
+        start = full.state()
+        own = sliced(start, slices)
+        if {name: array.shape for name, array in own.items()} != small.shapes:
+            return measured  # they cannot hold equal values
+        small.load(own)
+        measured |= _compared(full, small, slices, shown, blocks)
         train(
             small,
             data.server or data.validation,
@@ -100,8 +108,8 @@ def measure_agreement(
             first_step=0,
             seed=derive_seed(seed, "probe"),
         )
-        full.load(small.state())
-        tuned_too = _compared(full, small, shown, blocks)
+        full.load(filled_in(start, slices, small.state()))
+        tuned_too = _compared(full, small, slices, shown, blocks)
     return measured | {
         name.replace("gradient_cosine", "gradient_cosine_tuned"): value
         for name, value in tuned_too.items()
@@ -124,10 +132,14 @@ def agreement_line(fidelity: Mapping[str, float]) -> str:
     return f"emulator against full model: {', '.join(texts)}"
 
 
-def _shapes(tunable: Tunable) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in tunable.parameters.items()}
-
-
-def _compared(full: Tunable, emulator: Tunable, data: Examples, blocks: Blocks) -> dict[str, float]:
+def _compared(
+    full: Tunable, emulator: Tunable, slices: Slices, data: Examples, blocks: Blocks
+) -> dict[str, float]:
     one, other = (adapter_gradient(part, data, BATCH_SIZE) for part in (full, emulator))
-    return gradient_cosines(one, other, blocks)
+    own = {
+        name: g.index_select(slices[name].axis, torch.from_numpy(slices[name].indices).to(g.device))
+        if name in slices
+        else g
+        for name, g in one.items()
+    }
+    return gradient_cosines(own, other, blocks)

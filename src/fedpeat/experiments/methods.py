@@ -63,8 +63,8 @@ def _alone(config: Config) -> Config:
 
 
 def _all_weights(config: Config) -> Config:
-    config = _plain_average(config)
-    return _full_model(replace(config, adapter=replace(config.adapter, method="full")))
+    config = _full_model(_plain_average(config))
+    return replace(config, adapter=replace(config.adapter, method="full"))
 
 
 def _no_rounds(config: Config) -> Config:

@@ -24,7 +24,7 @@ from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["Progress", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 3
+SCHEMA = 4
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -190,7 +190,9 @@ def _restore_emulators(
         wanted = [item["sha256"] for item in manifest["parts"]]
         arrays = {s: a for s, a in {**made, **parts}.items() if s in wanted}
         record = {"manifest": manifest, "config": bench.packages[name].config}
-        bench.packages[name] = EmulatorPackage.from_payload(Payload(arrays, record))
+        kept = bench.packages[name].kept
+        package = replace(EmulatorPackage.from_payload(Payload(arrays, record)), kept=kept)
+        bench.packages[name] = package
         if lacking := bench.packages[name].lacking():
             raise CheckpointError(
                 f"cannot resume: emulator {name} lacks {', '.join(lacking)}; start anew with "

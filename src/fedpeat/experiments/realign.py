@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedpeat.adapter.lora import State
+from fedpeat.adapter.slices import sliced
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.core.seeds import derive_seed
 from fedpeat.emulator.package import EmulatorPackage
@@ -67,7 +68,7 @@ def _with_new_update(
     network = package.with_parts({UPDATE: {}}).build(bench.server.device, bench.dtype)
     factors = _factors(bench, package, network, seed)
     add_update(network, factors)
-    student = _tunable(bench, network, kept, adapter)
+    student = _tunable(bench, network, package, adapter)
     ladder = _ladder(bench, {name: kept}, student)
     _distill(bench, ladder, student, list(factors.values()), derive_seed(seed, name))
     full = package.full_names(factors)
@@ -98,7 +99,7 @@ def _with_new_blocks(bench: Bench, adapter: State, seed: int) -> Packages:
     network = top.build(bench.server.device, bench.dtype)
     state = untied_state(network)  # by the names that the layers have without the adapter
     own = {id(tensor) for tensor in state.values()}
-    student = _tunable(bench, network, kept[names[0]], adapter)
+    student = _tunable(bench, network, top, adapter)
     ladder = _ladder(bench, kept, student)
     trainable = [parameter for parameter in ladder.trainable() if id(parameter) in own]
     _distill(bench, ladder, student, trainable, seed)
@@ -115,11 +116,13 @@ def _replaced(
     return package.with_parts({name: parts[name] for name in sorted(own & changed)})
 
 
-def _tunable(bench: Bench, network: nn.Module, kept: tuple[int, ...], adapter: State) -> Tunable:
+def _tunable(bench: Bench, network: nn.Module, package: EmulatorPackage, adapter: State) -> Tunable:
     """Attach the adapter to an emulator's network, frozen."""
+    kept = package.manifest.source_blocks
     tuned = [index for index in bench.tuned if index in kept]
     student = attach(network, bench.blocks, tuned, bench.config.adapter, kept=kept)
-    student.load({name: adapter[name] for name in student.parameters})
+    own = {name: adapter[name] for name in student.parameters}
+    student.load(sliced(own, bench.slices_of(package)))
     student.model.requires_grad_(False)
     return student
 

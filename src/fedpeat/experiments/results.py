@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedpeat import __version__
+from fedpeat.adapter.slices import sliced
 from fedpeat.adapter.tunable import adapter_facts
 from fedpeat.config.recipe import parse_recipe
 from fedpeat.emulator.package import EmulatorPackage
@@ -59,7 +60,7 @@ def _scores(bench: Bench, progress: Progress) -> dict[str, Quality | None]:
         untouched = bench.package.build(bench.server.device, bench.dtype)
         scores["emulator_zero_shot"] = evaluate(untouched, test, batch_size)
         tuned = bench.shelf.get(bench.package.manifest.sha256)
-        tuned.load(progress.best)
+        tuned.load(sliced(progress.best, bench.slices_of(bench.package)))
         scores["emulator_tuned"] = evaluate(tuned.model, test, batch_size)
     if bench.config.method == "fed_peft":
         scores["full_tuned"] = scores["plug_in"]

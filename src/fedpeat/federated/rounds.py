@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedpeat.adapter.lora import Part, State, part_of, product_error
+from fedpeat.adapter.slices import Pieces, Slices, common
 from fedpeat.core.errors import AggregationError, WireError
 from fedpeat.core.records import (
     ClientPlan,
@@ -143,7 +144,7 @@ class Federation:
         if len(updates) >= self._min_clients:
             weights = shares(updates, self._server_weight_ratio)
             new_state = self._aggregate(state, updates, weights)
-            error = product_error([self._tuned_adapter(state, u) for u in updates], weights)
+            error = self._product_error(state, updates, weights)
         else:
             shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
             new_state = self._barren(state, updates, shortage)
@@ -165,6 +166,18 @@ class Federation:
             peak_rss_bytes=peak_rss_bytes(),
             warnings=tuple(warnings),
         )
+
+    def _product_error(
+        self, state: FederationState, updates: list[Outcome], weights: list[float]
+    ) -> float | None:
+        """Return what averaging the factors does wrong where all have them."""
+        tuned = [self._tuned_adapter(state, update) for update in updates]
+        return product_error(common(tuned, [self._slices_of(u) for u in updates]), weights)
+
+    def _slices_of(self, update: Outcome) -> Slices:
+        """Return the entries of the tensors that a participant has in part."""
+        rung = self.rungs.get(update.result.rung)
+        return {} if rung is None else rung.slices
 
     def _tuned_adapter(self, state: FederationState, update: Outcome) -> dict[str, np.ndarray]:
         """Return the adapter of a participant's own blocks, with what the round froze."""
@@ -343,10 +356,13 @@ class Federation:
     def _aggregate(
         self, state: FederationState, updates: list[Outcome], weights: list[float]
     ) -> FederationState:
-        average = self._lora.average([u.arrays for u in updates], weights, state.adapter)
-        adapter, moments = self._optimizer.step(state.adapter, average, dict(state.moments))
+        pieces = Pieces(state.adapter, [rung.slices for rung in self.rungs.values()])
+        tuned = [pieces.cut(u.arrays, self._slices_of(u)) for u in updates]
+        current = pieces.cut(state.adapter, {})
+        average = self._lora.average(tuned, weights, current)
+        new, moments = self._optimizer.step(current, average, dict(state.moments))
         return FederationState(
-            state.server_round + 1, adapter, moments, _losses_after(state, updates)
+            state.server_round + 1, pieces.join(new), moments, _losses_after(state, updates)
         )
 
     def _shortage(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedpeat.adapter.lora import State
+from fedpeat.adapter.slices import Slices, sliced
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import EmulatorError
@@ -29,12 +30,14 @@ class Rung:
         parts: Its parts by hash.
         hold_record: The rest of the message that hands it out.
         tensors: Names of the adapter's tensors that its network has; None for all of them.
+        slices: Entries that it has of the tensors that it has in part. They stay with the server.
     """
 
     sha256: str
     parts: Mapping[str, bytes]
     hold_record: Mapping[str, Any]
     tensors: frozenset[str] | None = None
+    slices: Slices = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class Rung:
         adapter: AdapterConfig,
         tuned: Collection[int],
         tensors: frozenset[str] | None = None,
+        slices: Slices | None = None,
     ) -> Rung:
         """Return the rung of an emulator.
 
@@ -51,17 +55,19 @@ class Rung:
             adapter: What is attached to it.
             tuned: Blocks that are tuned, as in the full model.
             tensors: Names of the adapter's tensors that its network has; None for all of them.
+            slices: Entries that it has of those that it has in part.
         """
         record = {
             **package.to_payload().record,
             "adapter": asdict(adapter),
             "tuned_blocks": list(tuned),
         }
-        return cls(package.manifest.sha256, package.parts, record, tensors)
+        return cls(package.manifest.sha256, package.parts, record, tensors, slices or {})
 
     def own(self, adapter: State) -> dict[str, np.ndarray]:
-        """Return the tensors of an adapter that its network has."""
-        return {n: a for n, a in adapter.items() if self.tensors is None or n in self.tensors}
+        """Return the tensors of an adapter that its network has, and of each the entries."""
+        own = {n: a for n, a in adapter.items() if self.tensors is None or n in self.tensors}
+        return sliced(own, self.slices)
 
     def lacking(self, held: Collection[str]) -> frozenset[str]:
         """Return the hashes of the parts that are not among those held."""

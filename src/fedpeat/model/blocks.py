@@ -22,7 +22,7 @@ from torch import nn
 from fedpeat.config.schema import Cut
 from fedpeat.core.errors import SplitError
 
-__all__ = ["BlockList", "Blocks", "find_blocks"]
+__all__ = ["BlockList", "Blocks", "config_numbers", "find_blocks"]
 
 _LIST = nn.ModuleList | nn.Sequential
 
@@ -215,7 +215,7 @@ def _is_encoder_decoder(model: transformers.PreTrainedModel) -> bool:
 
 def _found_in(part: nn.Module, prefix: str, model: nn.Module) -> list[BlockList]:
     lists = _outermost_lists(part, prefix)
-    counts = _counts(getattr(model, "config", None))
+    counts = config_numbers(getattr(model, "config", None))
     most = _num_parameters(part) / 2
     fitting = [(name, m) for name, m in lists if not counts or len(m) in counts] or [
         (name, m) for name, m in lists if _num_parameters(m) > most
@@ -303,7 +303,7 @@ def _depth(model: nn.Module) -> int | None:
     return depth if isinstance(depth, int) else None
 
 
-def _counts(config: Any) -> set[int]:
+def config_numbers(config: Any) -> set[int]:
     """Return every whole number of a configuration, and of those inside it."""
     if config is None:
         return set()

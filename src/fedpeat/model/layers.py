@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat.core.errors import SplitError
 
 __all__ = [
+    "SIZES",
     "FewBits",
+    "Kept",
     "LayerKind",
     "LayerSpec",
     "LowRankLinear",
@@ -31,7 +33,25 @@ __all__ = [
     "replace_layers",
 ]
 
-LayerKind = Literal["low_rank", "fewer_outputs", "fewer_inputs", "int8", "int4"]
+LayerKind = Literal["low_rank", "fewer_outputs", "fewer_inputs", "size", "int8", "int4"]
+Kept = Mapping[str, tuple[int, ...]]
+"""Rows (NAME.rows) and columns (NAME.columns) that are left of larger layers, rising."""
+SIZES = frozenset(
+    {
+        "all_head_size",
+        "embed_dim",
+        "hidden_size",
+        "inner_dim",
+        "n_head",
+        "n_heads",
+        "num_attention_heads",
+        "num_heads",
+        "num_key_value_groups",
+        "num_key_value_heads",
+        "split_size",
+    }
+)
+"""Attributes in which modules keep how many heads they have, or how wide all of them are."""
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 
 
@@ -40,10 +60,11 @@ class LayerSpec:
     """How one layer differs from the full model's.
 
     Attributes:
-        name: Dotted name in the emulator.
+        name: Dotted name in the emulator; of kind "size", that of an attribute of a module, one of
+            ``SIZES``.
         kind: What it is instead.
-        size: Rank of a low-rank layer; outputs or inputs that are left of one with fewer; weights
-            that share a scale in one of few bits.
+        size: Rank of a low-rank layer; outputs or inputs that are left of one with fewer; value of
+            an attribute; weights that share a scale in one of few bits.
     """
 
     name: str
@@ -241,12 +262,14 @@ def replace_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> None:
     others get their values later. Layers that share a matrix share it afterwards.
 
     Raises:
-        SplitError: If the network has no such layer.
+        SplitError: If the network has no such layer, or it cannot become what it should.
     """
     few_bits = [spec.name for spec in specs if spec.kind in BITS]
     tied = _tied_to(model, few_bits)
     for spec in specs:
-        if spec.kind in _SMALLER:
+        if spec.kind == "size":
+            _set_size(model, spec)
+        elif spec.kind in _SMALLER:
             parent, _, name = spec.name.rpartition(".")
             layer = _layer(model, spec.name)
             if not is_plain_linear(layer):
@@ -263,6 +286,18 @@ def _layer(model: nn.Module, name: str) -> Any:
         return model.get_submodule(name)
     except AttributeError as error:
         raise SplitError(f"{type(model).__name__} has no layer {name}") from error
+
+
+def _set_size(model: nn.Module, spec: LayerSpec) -> None:
+    """Make an attribute of a module smaller; nothing but ``SIZES`` can be changed."""
+    parent, _, name = spec.name.rpartition(".")
+    old = vars(_layer(model, parent)).get(name)
+    if name not in SIZES or type(old) is not int or not 1 <= spec.size <= old:
+        raise SplitError(
+            f"{spec.name} must be one of {', '.join(sorted(SIZES))} and at most as large as it is, "
+            f"{old!r:.20}, got {spec.size}"
+        )
+    setattr(_layer(model, parent), name, spec.size)
 
 
 def _tied_to(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
