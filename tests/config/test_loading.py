@@ -70,9 +70,6 @@ ODD = {
         "distill_block_weight": 2.0,
         "distill_learning_rate": 5e-324,
         "distill_batch_size": 3,
-        "elevate_tokens": 7,
-        "elevate_hidden_weight": 0.25,
-        "elevate_learning_rate": 2e-9,
     },
     "adapter": {
         "method": "ia3",

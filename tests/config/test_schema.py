@@ -39,9 +39,6 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "emulator.distill_block_weight": ([-0.1], [0.0]),
     "emulator.distill_learning_rate": ([0.0, -1.0], [1e-9]),
     "emulator.distill_batch_size": ([0], [1]),
-    "emulator.elevate_tokens": ([0], [1]),
-    "emulator.elevate_hidden_weight": ([-0.1], [0.0]),
-    "emulator.elevate_learning_rate": ([0.0], [1e-9]),
     "adapter.num_bottom": ([-1], [0]),
     "adapter.num_top": ([-1], [0]),
     "adapter.r": ([0], [1]),
@@ -159,6 +156,7 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
                     "recipe": "distill:9",
                     "distill_lm_weight": 0,
                     "distill_hidden_weight": 0,
+                    "distill_logit_weight": 0,
                 }
             },
             "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
@@ -263,13 +261,6 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
                 },
             },
             "emulator.distill_*_weight must be above 0 for one of them, got 0.0",
-        ),
-        (
-            {
-                "server": {"realign_every": 3},
-                "emulator": {"recipe": "layer_drop:0.5+elevate:2"},
-            },
-            "server.realign_every must be 0 for a recipe with elevate, which it would undo, got 3",
         ),
         (
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ COMPACT: dict[str, Any] = {
     "emulator": {
         "recipe": "layer_drop:0.75+low_rank:0.5+distill:256+int8",
         "distill_batch_size": 4,
-    }
-}
-ELEVATED: dict[str, Any] = {
-    "emulator": {
-        "recipe": "layer_drop:0.75+elevate:2+int8",
-        "distill_batch_size": 4,
-        "elevate_tokens": 2048,
-        "elevate_learning_rate": 3e-3,
-        "elevate_hidden_weight": 0.0,
     }
 }
 EVERYWHERE: dict[str, Any] = {"adapter": {"placement": "all"}}
@@ -76,8 +66,8 @@ def test_devices_of_three_rungs_tune_one_adapter(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, DISTILLED, COMPACT, ELEVATED],
-    ids=["as cut", "distilled", "compact", "elevated"],
+    [{}, DISTILLED, COMPACT],
+    ids=["as cut", "distilled", "compact"],
 )
 def test_a_rungs_blocks_are_those_of_the_rung_above_it(
     changes: dict[str, Any], config: Config, tmp_path: Path
@@ -88,14 +78,6 @@ def test_a_rungs_blocks_are_those_of_the_rung_above_it(
     assert [len(p.manifest.source_blocks) for p in (large, medium, small)] == [5, 4, 3]
     for package in (large, medium, small):
         package.build(torch.device("cpu"), torch.float32)
-
-
-def test_elevation_raises_the_loss_of_every_rung(config: Config, tmp_path: Path) -> None:
-    run(override(config, {**ELEVATED, "federated": {"num_rounds": 0}}))
-    for package in rungs_of(tmp_path / "tiny").values():
-        fidelity = package.manifest.fidelity
-        raised = math.log(fidelity["perplexity"] / fidelity["perplexity_before"])
-        assert raised > 0.5
 
 
 def test_distillation_trains_every_middle_block_of_every_rung(

@@ -71,14 +71,14 @@ def test_logit_divergence_worked_by_hand() -> None:
     assert float(logit_divergence(teacher, student)) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block", "elevation"])
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
 def test_each_term_that_is_on_has_a_gradient(term: str) -> None:
     assert gradient(pair(), Terms(**{term: 1.0})).abs().max() > 0
 
 
-@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block", "elevation"])
+@pytest.mark.parametrize("term", ["lm", "hidden", "logit", "block"])
 def test_a_weight_of_zero_switches_off_that_term_alone(term: str) -> None:
-    of, weights = pair(), {"lm": 1.0, "hidden": 2.0, "logit": 3.0, "block": 4.0, "elevation": 5.0}
+    of, weights = pair(), {"lm": 1.0, "hidden": 2.0, "logit": 3.0, "block": 4.0}
     without = gradient(of, Terms(**{**weights, term: 0.0}))
     alone = gradient(of, Terms(**{term: weights[term]}))
     torch.testing.assert_close(
@@ -106,28 +106,6 @@ def test_the_term_of_blocks_is_the_mean_over_all_meetings() -> None:
     both = Pair(model, student, meetings)
     assert float(distillation_loss(both, batch(), Terms(block=1.0))) == pytest.approx(np.mean(each))
     assert float(distillation_loss(both, batch(), Terms(hidden=1.0))) == pytest.approx(each[1])
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.25, 40.0])
-def test_elevation_is_the_distance_from_the_full_models_loss_and_the_margin(margin: float) -> None:
-    of = pair()
-    above = float(mean_loss(of.student, batch()) - mean_loss(of.teacher, batch()))
-    terms = Terms(elevation=2.0, margin=margin)
-    want = 2 * abs(above - margin)
-    assert float(distillation_loss(of, batch(), terms)) == pytest.approx(want, rel=1e-4)
-
-
-def test_elevation_raises_the_loss_to_the_margin() -> None:
-    of, data = pair(tuple(range(6))), random_text()
-    settings = DistillSettings(
-        num_tokens=6_400,
-        terms=Terms(elevation=1.0, margin=1.0, hidden=0.1),
-        learning_rate=3e-3,
-        batch_size=4,
-    )
-    distill([lambda: nullcontext(of)], middle(of), data, settings, seed=0)
-    above = float(mean_loss(of.student, batch()) - mean_loss(of.teacher, batch()))
-    assert 0.8 < above < 1.2
 
 
 def test_an_emulator_of_every_block_has_no_hidden_error() -> None:

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from fedpeat.core.errors import ConfigError
 
 __all__ = ["STEPS", "Recipe", "Step", "StepKind", "parse_recipe"]
 
-Value = Literal["ratio", "tokens", "nats", "none"]
+Value = Literal["ratio", "tokens", "none"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,6 @@ STEPS: Mapping[str, StepKind] = {
         1, "ratio", "factor the linear layers of the kept middle blocks, keep this share of weights"
     ),
     "distill": StepKind(2, "tokens", "train the kept middle blocks to stand in for all"),
-    "elevate": StepKind(
-        2, "nats", "raise the emulator's own loss by so many nats, its hidden states held"
-    ),
     "int8": StepKind(3, "none", "store matrices in 8 bits"),
     "int4": StepKind(3, "none", "store matrices in 4 bits"),
 }
@@ -161,22 +158,14 @@ def _parse_step(text: str, part: str, place: int) -> Step:
     if value is None:
         raise _error(text, at_value, f"{name} needs {_WANTED[kind]}, e.g. {name}:{_EXAMPLES[kind]}")
     number = _number(value)
-    if not _FITS[kind](number):
+    fits = 0 < number <= 1 if kind == "ratio" else number >= 1 and number == int(number)
+    if not fits:
         raise _error(text, at_value + 1, f"{name} needs {_WANTED[kind]}, got {value!r}")
     return Step(name, number)
 
 
-_WANTED = {
-    "ratio": "a ratio in (0, 1]",
-    "tokens": "a whole number of tokens, at least 1",
-    "nats": "a loss in (0, 20] nat",
-}
-_EXAMPLES = {"ratio": "0.5", "tokens": "200000", "nats": "2"}
-_FITS: Mapping[Value, Callable[[float], bool]] = {
-    "ratio": lambda number: 0 < number <= 1,
-    "tokens": lambda number: number >= 1 and number == int(number),
-    "nats": lambda number: 0 < number <= 20,
-}
+_WANTED = {"ratio": "a ratio in (0, 1]", "tokens": "a whole number of tokens, at least 1"}
+_EXAMPLES = {"ratio": "0.5", "tokens": "200000"}
 
 
 def _number(text: str) -> float:

@@ -181,10 +181,10 @@ class EmulatorConfig:
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
-    ratio in (0, 1], or full for every block; then width and the share of the neurons to keep, or
-    low_rank and that of each matrix's weights; then distill:TOKENS of the server's own text (each
-    of its images counts as one); then elevate:NATS to raise the emulator's own loss; then int8 or
-    int4. For example greedy:0.5+distill:200000+int8."""
+    ratio in (0, 1], or full for every block; then width or heads and the share of the neurons or
+    attention heads to keep, or low_rank and that of each matrix's weights; then distill:TOKENS of
+    the server's own text (each of its images counts as one); then int8 or int4. For example
+    greedy:0.5+distill:200000+int8."""
     lower_rungs: tuple[float, ...] = ()
     """Shares of the blocks that smaller emulators keep, falling, each below the recipe's, e.g.
     [0.5, 0.33]. With the recipe's own they form a ladder, on which federated.client_rungs places
@@ -207,13 +207,7 @@ class EmulatorConfig:
     distill_learning_rate: float = 1e-4
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
-    """Blocks of text, or images, in a batch of distill and of elevate."""
-    elevate_tokens: int = 50000
-    """Tokens of the server's own text, or images, that elevate trains on."""
-    elevate_hidden_weight: float = 1.0
-    """Weight of the normalised hidden-state error beside the distance from the raised loss."""
-    elevate_learning_rate: float = 1e-4
-    """Peak learning rate of elevate."""
+    """Blocks of text, or images, in a distillation batch."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -243,11 +237,6 @@ class EmulatorConfig:
             "at least 1",
             self.distill_batch_size,
         )
-        _require(
-            self.elevate_tokens >= 1, "emulator.elevate_tokens", "at least 1", self.elevate_tokens
-        )
-        _require_not_negative("emulator.elevate_hidden_weight", self.elevate_hidden_weight)
-        _require_positive("emulator.elevate_learning_rate", self.elevate_learning_rate)
 
     def _check_rungs(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -584,12 +573,6 @@ class Config:
             weights = sum(getattr(self.emulator, f"distill_{term}_weight") for term in terms)
             _require(weights > 0, "emulator.distill_*_weight", "above 0 for one of them", weights)
             recipe = parse_recipe(self.emulator.recipe)
-            _require(
-                not recipe.has("elevate"),
-                "server.realign_every",
-                "0 for a recipe with elevate, which it would undo",
-                self.server.realign_every,
-            )
             _require(
                 self.server.realign_rank > 0 or not (recipe.has("int8") or recipe.has("int4")),
                 "server.realign_rank",

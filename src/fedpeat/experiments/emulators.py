@@ -224,30 +224,14 @@ def _calibration(
 
 
 def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    return _train(piece, step, "distil", distill_settings(piece.config, int(step.value)))
-
-
-def _elevate(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    """Raise the emulators' own loss, from where the steps before have brought them."""
-    config = piece.config
-    settings = DistillSettings(
-        num_tokens=config.elevate_tokens,
-        terms=Terms(elevation=1.0, margin=step.value, hidden=config.elevate_hidden_weight),
-        learning_rate=config.elevate_learning_rate,
-        batch_size=config.distill_batch_size,
-    )
-    return _train(piece, step, "elevate", settings)
-
-
-def _train(piece: _Workpiece, step: Step, verb: str, settings: DistillSettings) -> list[LayerSpec]:
     if piece.data.server is None:
         raise EmulatorError(
-            f"emulator.recipe {step} trains, which needs data of the server; raise "
-            "data.server_ratio above 0"
+            "emulator.recipe distills, which needs data of the server; raise data.server_ratio "
+            "above 0"
         )
     ladder = piece.ladder
     number = len(ladder.kept)
-    title = f"{verb} emulator" if number == 1 else f"{verb} {number} rungs"
+    title = "distil emulator" if number == 1 else f"distil {number} rungs"
 
     def progress(done: int, total: int, loss: float) -> None:
         piece.observer.progress(title, done, total, f"loss {loss:.3f}")
@@ -257,8 +241,8 @@ def _train(piece: _Workpiece, step: Step, verb: str, settings: DistillSettings) 
             ladder.rungs,
             ladder.trainable(),
             piece.data.server,
-            settings,
-            seed=derive_seed(piece.seed, step.name),
+            distill_settings(piece.config, int(step.value)),
+            seed=derive_seed(piece.seed, "distill"),
             progress=progress,
         )
     return []
@@ -310,7 +294,6 @@ STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
     "heads": _heads,
     "low_rank": _low_rank,
     "distill": _distill,
-    "elevate": _elevate,
     "int8": _few_bits,
     "int4": _few_bits,
 }

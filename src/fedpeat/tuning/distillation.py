@@ -43,21 +43,17 @@ class Terms:
         hidden: Normalised error of the hidden states at the end of the middle.
         logit: Divergence of the distributions of tokens, or classes.
         block: Mean of the hidden states' errors after each kept block of the middle.
-        elevation: How far the emulator's loss is from the full model's plus the margin.
-        margin: By how much the emulator's loss should be above the full model's [nat].
     """
 
     lm: float = 0.0
     hidden: float = 0.0
     logit: float = 0.0
     block: float = 0.0
-    elevation: float = 0.0
-    margin: float = 0.0
 
     @property
     def compare(self) -> bool:
         """Whether any of them looks at the full model."""
-        return bool(self.hidden or self.logit or self.block or self.elevation)
+        return bool(self.hidden or self.logit or self.block)
 
 
 @dataclass(frozen=True)
@@ -158,9 +154,6 @@ def distillation_loss(
         loss = loss + terms.block * torch.stack(errors).mean()
     if terms.logit:
         loss = loss + terms.logit * logit_divergence(lesson.logits, logits)
-    if terms.elevation:
-        above = mean_loss_of_logits(logits, batch) - mean_loss_of_logits(lesson.logits, batch)
-        loss = loss + terms.elevation * (above - terms.margin).abs()
     return loss
 
 
