@@ -411,7 +411,7 @@ def not_finite(payload: Payload) -> Payload:
     for entry in manifest["parts"]:
         if entry["sha256"] == name:
             entry["sha256"] = part_hash(part)
-    what = ("architecture", "blocks", "source_blocks", "layers", "parts")
+    what = ("architecture", "blocks", "source_blocks", "layers", "kept_sha256", "parts")
     use = [payload.record["config"], *(manifest[name] for name in what)]
     text = json.dumps(use, sort_keys=True)
     manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
