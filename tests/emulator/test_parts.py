@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
+from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.package import EmulatorPackage, Memory, pack_emulator
 from fedpeat.emulator.parts import part_bytes, read_part
 from fedpeat.model.blocks import find_blocks
@@ -77,3 +81,15 @@ def test_a_part_is_read_in_the_order_of_its_names() -> None:
     read = read_part(part_bytes(tensors))
     assert list(read) == sorted(tensors)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_bound_may_be_infinite_and_nothing_else() -> None:
+    read = read_part(part_bytes({"clip.input_max": torch.tensor(math.inf)}))
+    assert read["clip.input_max"] == math.inf
+    for broken in (
+        torch.tensor(math.nan),
+        torch.tensor([1.0, -math.inf]),
+        torch.tensor([math.nan]),
+    ):
+        with pytest.raises(EmulatorError, match="w has values that are not finite"):
+            read_part(part_bytes({"w": broken}))
