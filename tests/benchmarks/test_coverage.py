@@ -12,6 +12,7 @@ from fedpeat.model.cut import only_blocks, reasons_to_keep
 
 SAMPLE = [
     ("causal_lm", "gemma3n_text"),
+    ("causal_lm", "gemma4"),
     ("causal_lm", "jamba"),
     ("causal_lm", "mixtral"),
     ("causal_lm", "deepseek_v3"),
