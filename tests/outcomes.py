@@ -9,6 +9,7 @@ from typing import Any
 
 from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config
+from fedpeat.experiments.run import run
 from tiny import tiny_settings
 
 TIMES = {"seconds", "elapsed_seconds", "peak_rss_bytes"}
@@ -26,12 +27,24 @@ EVERYTHING_ON: dict[str, Any] = {
     },
 }
 
+UNSTEADY: dict[str, Any] = {  # rounds whose state is more than the adapter
+    "num_rounds": 4,
+    "dropout_ratio": 0.3,
+    "fraction_train": 0.7,
+    "server_optimizer": "fedadam",
+    "server_learning_rate": 0.01,
+}
+
 
 def config_of(
     model_dir: Path, corpus_file: Path, folder: Path, changes: Mapping[str, Any]
 ) -> Config:
     config = config_from_dict(tiny_settings(model_dir, corpus_file, folder))
     return override(config, changes)
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.output_dir) / config.name
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -69,3 +82,12 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert differences(one, other) == []
+
+
+def assert_resumes(config: Config, interrupted_after: int) -> None:
+    """Run as a whole, under the name "whole", and in two goes, and compare bit by bit."""
+    whole = override(config, {"name": "whole"})
+    run(whole)
+    run(override(config, {"federated": {"num_rounds": interrupted_after}}))
+    run(config, resume=True)
+    assert_same(result_of(folder_of(whole)), result_of(folder_of(config)))

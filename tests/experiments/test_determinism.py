@@ -15,7 +15,7 @@ from fedpeat.config.loading import override
 from fedpeat.config.schema import Config
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.run import run
-from outcomes import EVERYTHING_ON, PLAIN, assert_same, config_of, lines_of, result_of
+from outcomes import EVERYTHING_ON, PLAIN, assert_same, config_of, folder_of, lines_of, result_of
 
 # The learning rate rises over the first 20 steps to 1, which is far too much: rounds get worse.
 TOO_FAST: dict[str, Any] = {
@@ -78,10 +78,6 @@ def worsening(
     folder = tmp_path_factory.mktemp("worsening")
     config = config_of(model_dir, corpus_file, folder, TOO_FAST)
     return config, run(config)
-
-
-def folder_of(config: Config) -> Path:
-    return Path(config.output_dir) / config.name
 
 
 def test_the_best_round_is_that_of_the_best_validation_quality(

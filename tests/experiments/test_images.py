@@ -27,7 +27,7 @@ from fedpeat.experiments.results import gap_closed, mean_summary
 from fedpeat.experiments.run import run
 from fedpeat.report.quantities import quality_text
 from fedpeat.tuning.evaluation import Quality, evaluate
-from outcomes import EVERYTHING_ON, assert_same, lines_of, result_of
+from outcomes import EVERYTHING_ON, assert_same, folder_of, lines_of, result_of
 from tiny import CLASSES, tiny_image_settings, tiny_settings
 
 LONGER: dict[str, Any] = {"federated": {"num_rounds": 6}, "local": {"local_steps": 6}}
@@ -49,10 +49,6 @@ def finished(
     changes = {"evaluation": {"full_tuned": True}, "emulator": {"recipe": RECIPE}}
     longer = override(override(config, LONGER), changes)
     return longer, run(longer)
-
-
-def folder_of(config: Config) -> Path:
-    return Path(config.output_dir) / config.name
 
 
 # --- what a run says ----------------------------------------------------------------------------

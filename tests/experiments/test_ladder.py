@@ -18,7 +18,7 @@ from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.federated.rounds import FederationState
-from outcomes import assert_same, config_of, lines_of, result_of
+from outcomes import UNSTEADY, assert_resumes, assert_same, config_of, lines_of, result_of
 
 LADDER: dict[str, Any] = {
     "emulator": {"recipe": "layer_drop:0.75", "lower_rungs": [0.5, 0.25]},
@@ -117,20 +117,13 @@ def test_every_rule_averages_a_block_over_the_rungs_that_have_it(
     )
 
 
-def test_a_run_that_is_resumed_ends_bit_identical(config: Config, tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_ends_bit_identical(config: Config) -> None:
     hard = {
         **DISTILLED,
         "adapter": {"placement": "all", "lora_dropout": 0.1},
-        "federated": {
-            "num_rounds": 4, "dropout_ratio": 0.3, "fraction_train": 0.7,
-            "server_optimizer": "fedadam", "server_learning_rate": 0.01,
-        },
-    }  # fmt: skip
-    config = override(config, hard)
-    run(override(config, {"name": "whole"}))
-    run(override(config, {"federated": {"num_rounds": 2}}))
-    run(config, resume=True)
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
+        "federated": UNSTEADY,
+    }
+    assert_resumes(override(config, hard), 2)
 
 
 def test_on_the_top_rung_alone_a_ladder_changes_nothing(config: Config, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import AdapterError
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.run import run
-from outcomes import assert_same, config_of, lines_of, result_of
+from outcomes import assert_resumes, config_of, lines_of
 
 RULES: dict[str, dict[str, Any]] = {
     "average": {},
@@ -123,10 +123,7 @@ def test_a_run_that_is_resumed_ends_bit_identical(
     moments = {} if rule.startswith("svd") else WITH_MOMENTS
     config = config_of(model_dir, corpus_file, tmp_path, HARD)
     config = override(config, {"federated": {**RULES[rule], **moments}})
-    run(override(config, {"name": "whole"}))
-    run(override(config, {"federated": {"num_rounds": interrupted_after}}))
-    run(config, resume=True)
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
+    assert_resumes(config, interrupted_after)
     for part in ("adapter/", "moments/"):
         whole, again = (checkpoint_of(tmp_path / n, 5, part) for n in ("whole", "tiny"))
         assert {n: a.tobytes() for n, a in whole.items()} == {

@@ -21,7 +21,7 @@ from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.federated.rounds import FederationState
 from fedpeat.model.layers import matrix_of
-from outcomes import assert_same, config_of, lines_of, result_of
+from outcomes import UNSTEADY, assert_resumes, config_of, lines_of
 
 NARROW: dict[str, Any] = {
     "emulator": {"recipe": "layer_drop:0.75+width:0.5+heads:0.5", "lower_rungs": [0.5]},
@@ -109,23 +109,14 @@ def test_plain_averaging_is_measured_where_all_have_entries(config: Config, tmp_
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_run_that_is_resumed_ends_bit_identical(
-    rank: int, config: Config, tmp_path: Path
-) -> None:
+def test_a_run_that_is_resumed_ends_bit_identical(rank: int, config: Config) -> None:
     hard = {
         "adapter": {"lora_dropout": 0.1},
         "emulator": {"distill_batch_size": 4},
         "server": {"realign_every": 1, "realign_tokens": 256, "realign_rank": rank},
-        "federated": {
-            "num_rounds": 4, "dropout_ratio": 0.3, "fraction_train": 0.7,
-            "server_optimizer": "fedadam", "server_learning_rate": 0.01,
-        },
-    }  # fmt: skip
-    config = override(config, hard)
-    run(override(config, {"name": "whole"}))
-    run(override(config, {"federated": {"num_rounds": 2}}))
-    run(config, resume=True)
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
+        "federated": UNSTEADY,
+    }
+    assert_resumes(override(config, hard), 2)
 
 
 @pytest.mark.parametrize("method", ["fed_peft", "fed_ft", "centralized", "local", "zero_shot"])

@@ -19,7 +19,7 @@ from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.realign import is_due, realigned
 from fedpeat.experiments.run import run
 from fedpeat.tuning.loss import batch_of
-from outcomes import assert_same, config_of, lines_of, result_of
+from outcomes import assert_resumes, config_of, lines_of
 
 SETTINGS: dict[str, Any] = {
     "emulator": {
@@ -183,10 +183,7 @@ def test_a_run_that_is_resumed_ends_bit_identical(
         "federated": {"num_rounds": 5, "dropout_ratio": 0.3, "fraction_train": 0.7},
     }
     config = override(override(config, hard), changes)
-    run(override(config, {"name": "whole"}))
-    run(override(config, {"federated": {"num_rounds": interrupted_after}}))
-    run(config, resume=True)
-    assert_same(result_of(tmp_path / "whole"), result_of(tmp_path / "tiny"))
+    assert_resumes(config, interrupted_after)
     one, other = (last_state(tmp_path / name) for name in ("whole", "tiny"))
     assert one == other
 

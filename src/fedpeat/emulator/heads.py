@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from operator import itemgetter
 
 import torch
 import transformers
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
@@ -19,6 +20,8 @@ from fedpeat.emulator.calibration import Batch, require_text, second_moments
 from fedpeat.emulator.narrowing import (
     Cut,
     Narrowed,
+    changing,
+    differing,
     inputs_of,
     narrow,
     plain_layers,
@@ -125,14 +128,15 @@ def heads_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> list
         widths = {after: value.shape[-1] for after, value in plain.items()}
         for name, layer in layers.items():
             for rows in _layouts(matrix_of(layer).shape[0], widths.values(), _numbers(model)):
-                with _changed(layer, rows[::3].flatten()):
+                some = rows[::3].flatten()
+                with changing(layer, partial(_told_apart, rows=some)):
                     changed = inputs_of(model, layers, batch)
                 for after, width in widths.items():
                     if width % len(rows) or after not in changed or after == name:
                         continue
                     columns = torch.zeros(width, dtype=torch.bool)
                     columns[_in_order(width, len(rows))[::3]] = True
-                    if torch.equal(_differing(plain[after], changed[after]), columns):
+                    if torch.equal(differing(plain[after], changed[after]), columns):
                         members.setdefault((after, len(rows)), {})[name] = rows
     found = [
         Heads(own, after, _in_order(widths[after], number))
@@ -179,31 +183,14 @@ def _in_order(length: int, number: int) -> Int[Tensor, "number share"]:
     return torch.arange(length).view(number, -1)
 
 
-def _differing(one: Tensor, other: Tensor) -> Bool[Tensor, " columns"]:
-    """Return the columns in which two inputs of a layer differ."""
-    if one.shape != other.shape:
-        return torch.zeros(one.shape[-1], dtype=torch.bool)
-    return (one != other).flatten(0, -2).any(0).cpu()
+def _told_apart(output: Tensor, rows: Int[Tensor, " rows"]) -> Tensor:
+    """Return what a layer puts out with some rows changed, each by a factor of its own.
 
-
-@contextmanager
-def _changed(layer: nn.Module, rows: Int[Tensor, " rows"]) -> Iterator[None]:
-    """Change what a layer puts out in some rows, for a while.
-
-    Each by a factor of its own: what is added to all keys alike, attention does not see, nor would
-    a norm see a common factor.
+    What is added to all keys alike, attention does not see, nor would a norm see a common factor.
     """
-
-    def change(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        factors = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
-        factors[rows] = torch.linspace(1.5, 2.5, len(rows)).to(factors)
-        return output * factors
-
-    handle = layer.register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
+    factors = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
+    factors[rows] = torch.linspace(1.5, 2.5, len(rows)).to(factors)
+    return output * factors
 
 
 def _working(

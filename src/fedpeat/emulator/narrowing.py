@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ from fedpeat.model.layers import Kept, LayerSpec, is_plain_linear, matrix_of, re
 __all__ = [
     "Cut",
     "Narrowed",
+    "changing",
+    "differing",
     "inputs_of",
     "narrow",
     "plain_layers",
@@ -90,6 +92,23 @@ def inputs_of(
         for handle in handles:
             handle.remove()
     return {name: values[0] for name, values in seen.items() if len(values) == 1}
+
+
+@contextmanager
+def changing(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change what a layer puts out, for a while."""
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def differing(one: Tensor, other: Tensor) -> Bool[Tensor, " columns"]:
+    """Return the columns in which two inputs of a layer differ; none if their shapes do."""
+    if one.shape != other.shape:
+        return torch.zeros(one.shape[-1], dtype=torch.bool)
+    return (one != other).flatten(0, -2).any(0).cpu()
 
 
 def narrow(model: nn.Module, cut: Cut, outgoing: Float[Tensor, "outer columns"]) -> Narrowed:

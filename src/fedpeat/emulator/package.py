@@ -199,12 +199,11 @@ class EmulatorPackage:
             else:
                 stored = {n: _stored(t, dtype).contiguous() for n, t in tensors.items()}
                 contents[name] = part_bytes(stored)
-        listed = tuple(Part(n, part_hash(c), len(c)) for n, c in contents.items())
+        listed, by_hash = _listed(contents)
         manifest = replace(
             self.manifest, parts=listed, num_bytes=sum(part.num_bytes for part in listed)
         )
         manifest = replace(manifest, sha256=identity(self.config, manifest))
-        by_hash = {part_hash(content): content for content in contents.values()}
         return replace(self, manifest=manifest, parts=by_hash)
 
     def to_payload(self, held: Collection[str] = ()) -> Payload:
@@ -398,10 +397,13 @@ def identity(config: Mapping[str, Any], manifest: Manifest) -> str:
 
 def _parts(state: Tensors, blocks: Blocks) -> tuple[tuple[Part, ...], dict[str, bytes]]:
     """Return the parts of a state as the manifest lists them, and their bytes by hash."""
-    contents = {name: part_bytes(tensors) for name, tensors in split(state, blocks).items()}
-    parts = [Part(name, part_hash(content), len(content)) for name, content in contents.items()]
-    by_hash = {part_hash(content): content for content in contents.values()}
-    return tuple(parts), by_hash
+    return _listed({n: part_bytes(tensors) for n, tensors in split(state, blocks).items()})
+
+
+def _listed(contents: Mapping[str, bytes]) -> tuple[tuple[Part, ...], dict[str, bytes]]:
+    """Return parts, given by name, as the manifest lists them, and by hash."""
+    parts = tuple(Part(name, part_hash(c), len(c)) for name, c in contents.items())
+    return parts, {part.sha256: contents[part.name] for part in parts}
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,8 @@ from fedpeat.emulator.calibration import Batch, require_text, second_moments
 from fedpeat.emulator.narrowing import (
     Cut,
     Narrowed,
+    changing,
+    differing,
     inputs_of,
     narrow,
     plain_layers,
@@ -136,7 +137,9 @@ def neurons_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> li
     layers = plain_layers(model, blocks, index)
     found = []
     with evaluating(model), torch.inference_mode():
-        for after, layer in layers.items():
+        plain = inputs_of(model, layers, batch)
+        for after in plain:
+            layer = layers[after]
             number = matrix_of(layer).shape[1]
             candidates = [
                 name
@@ -144,7 +147,9 @@ def neurons_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> li
                 if name != after and matrix_of(other).shape[0] in {number, 2 * number}
             ]
             before = tuple(
-                name for name in candidates if _meets_rows(model, layers[name], layer, batch)
+                name
+                for name in candidates
+                if _meets_rows(model, layers[name], layer, plain[after], batch)
             )
             neurons = Neurons(before, after, number)
             half = neurons.cut(model, torch.arange(0, number, 2))
@@ -153,29 +158,25 @@ def neurons_of(model: nn.Module, blocks: Blocks, index: int, batch: Batch) -> li
     return found
 
 
-def _meets_rows(model: nn.Module, before: nn.Module, after: nn.Module, batch: Batch) -> bool:
-    """Say whether the rows of one layer are the columns of another, with nothing mixed between."""
-    number = matrix_of(after).shape[1]
-    rows = torch.zeros(number, dtype=torch.bool)
+def _meets_rows(
+    model: nn.Module,
+    before: nn.Module,
+    after: nn.Module,
+    plain: Float[Tensor, "... columns"],
+    batch: Batch,
+) -> bool:
+    """Say whether the rows of one layer are the columns of another, with nothing mixed between.
+
+    Args:
+        model: The network.
+        before: Layer whose rows are changed.
+        after: The later layer.
+        plain: What goes into it otherwise.
+        batch: What to call the network with.
+    """
+    rows = torch.zeros(matrix_of(after).shape[1], dtype=torch.bool)
     rows[::3] = True  # some in every part, so that a mix of neighbours shows as well
-    plain = inputs_of(model, {"after": after}, batch)
-    with _changed(before, rows.repeat(matrix_of(before).shape[0] // number)):
+    places = rows.repeat(matrix_of(before).shape[0] // len(rows))
+    with changing(before, lambda output: output + places.to(output) * (1 + output.abs().amax())):
         changed = inputs_of(model, {"after": after}, batch)
-    if not plain or not changed or plain["after"].shape != changed["after"].shape:
-        return False
-    differs = (plain["after"] != changed["after"]).flatten(0, -2).any(0).cpu()
-    return bool((differs == rows).all())
-
-
-@contextmanager
-def _changed(layer: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Change what a layer puts out in some rows, for a while."""
-
-    def change(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return output + rows.to(output) * (1 + output.abs().amax())
-
-    handle = layer.register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return bool(changed) and torch.equal(differing(plain, changed["after"]), rows)

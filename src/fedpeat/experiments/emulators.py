@@ -118,17 +118,17 @@ def _made(
     observer: Observer,
 ) -> dict[str, EmulatorPackage]:
     """Return the emulators; the network that they were made in is gone afterwards."""
-    names, top = list(recipes), next(iter(recipes.values()))
+    top = next(iter(recipes.values()))
     batches = _calibration(loaded, data, config)
     steps = [recipe.selection for recipe in recipes.values()]
     kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
     student = build_from_blocks(loaded.model, blocks, kept[0])
     ladder = Ladder(
-        loaded.model, student, blocks, dict(zip(names, kept, strict=True)), frozenset(tuned)
+        loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), frozenset(tuned)
     )
     dtype = loaded.storage_dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layers: list[LayerSpec] = []
-    fidelity: dict[str, dict[str, float]] = {name: {} for name in names}
+    fidelity: dict[str, dict[str, float]] = {name: {} for name in recipes}
     piece = _Workpiece(ladder, batches, config, data, seed, observer)
     if not top.is_full:
         before = _fidelity(ladder, data.validation, metric)

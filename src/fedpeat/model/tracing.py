@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from fedpeat.core.errors import SplitError
 from fedpeat.model.blocks import Blocks
 
-__all__ = ["BlockCall", "block_calls", "check_chain", "reshaping_blocks", "tensors_in"]
+__all__ = [
+    "BlockCall",
+    "block_calls",
+    "check_chain",
+    "reshaping_blocks",
+    "states_after",
+    "tensors_in",
+]
 
 Inputs = Mapping[str, Any]
 """What a network is called with, by name."""
@@ -82,6 +90,22 @@ def block_calls(
         for handle in handles:
             handle.remove()
     return calls
+
+
+@contextmanager
+def states_after(blocks: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect the hidden states that leave some blocks, those of the last call of each."""
+    states: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _inputs: object, output: Any) -> None:
+        states[module] = next(tensors_in(output))
+
+    handles = [block.register_forward_hook(keep) for block in dict.fromkeys(blocks)]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def reshaping_blocks(model: nn.Module, blocks: Blocks, inputs: Inputs) -> set[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 
 from fedpeat.core.errors import EmulatorError
 from fedpeat.data.examples import Examples
+from fedpeat.model.tracing import states_after
 from fedpeat.tuning.evaluation import evaluate, evaluating
 from fedpeat.tuning.local import batch_rows
 from fedpeat.tuning.loss import Batch, autocast, batch_of, mean_loss_of_logits
@@ -122,7 +123,7 @@ class Lesson:
 
 def lesson_of(teacher: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> Lesson:
     """Call the full model once, for all the emulators that learn from a batch."""
-    with torch.no_grad(), _captured(blocks) as states:
+    with torch.no_grad(), states_after(blocks) as states:
         logits = batch.call(teacher)
     return Lesson(logits, states)
 
@@ -140,7 +141,7 @@ def distillation_loss(
     """
     meetings = pair.meetings if terms.block else pair.meetings[-1:]
     loss = torch.zeros((), device=batch.labels.device)
-    with _captured([block for _, block in meetings]) as states:
+    with states_after([block for _, block in meetings]) as states:
         logits = batch.call(pair.student)
     if terms.lm:
         loss = loss + terms.lm * mean_loss_of_logits(logits, batch)
@@ -258,26 +259,10 @@ def measure_fidelity(
         for start in range(0, data.num_examples, batch_size):
             rows = np.arange(start, min(start + batch_size, data.num_examples))
             batch = batch_of(data, rows, device)
-            with _captured([teacher_block]) as teacher, _captured([student_block]) as student:
+            with states_after([teacher_block]) as teacher, states_after([student_block]) as student:
                 batch.call(pair.teacher)
                 batch.call(pair.student)
             error = hidden_error(teacher[teacher_block], student[student_block])
             errors.append(float(error) * len(rows))
     quality = evaluate(pair.student, data, batch_size).value(metric)
     return {metric: quality, "hidden_error": sum(errors) / data.num_examples}
-
-
-@contextmanager
-def _captured(blocks: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect the hidden states that some blocks put out, those of the last call of each."""
-    states: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        states[module] = output[0] if isinstance(output, tuple) else output
-
-    handles = [block.register_forward_hook(keep) for block in dict.fromkeys(blocks)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,7 +14,7 @@ from fedpeat.adapter.tunable import Tunable
 from fedpeat.data.examples import IGNORED, Examples
 from fedpeat.model.blocks import Blocks
 from fedpeat.model.modes import evaluating
-from fedpeat.model.tracing import tensors_in
+from fedpeat.model.tracing import states_after
 from fedpeat.tuning.distillation import Pair
 from fedpeat.tuning.loss import Batch, autocast, batch_of, losses_of, scores
 
@@ -155,14 +155,6 @@ def _seen(
     model: nn.Module, block: nn.Module, batch: Batch
 ) -> tuple[Float[Tensor, "*positions hidden"], Float[Tensor, "*outputs classes"]]:
     """Return the hidden states that leave a block, and the scores at targets, of one call."""
-    states: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-        states.append(next(tensors_in(output)))
-
-    handle = block.register_forward_hook(keep)
-    try:
+    with states_after([block]) as states:
         found = scores(model, batch)
-    finally:
-        handle.remove()
-    return states[0], found
+    return states[block], found
