@@ -105,6 +105,7 @@ ODD = {
         "num_rounds": 0,
         "fraction_train": 0.3,
         "client_rungs": [0.5, 0.25],
+        "client_weighting": "examples",
         "min_clients": 2,
         "dropout_ratio": 0.2,
         "round_deadline_seconds": 9.5,

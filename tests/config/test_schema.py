@@ -187,6 +187,10 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             for rule in ("ffa", "rolora", "svd")
         ],
         (
+            {"federated": {"client_weighting": "size"}},
+            "federated.client_weighting must be one of fidelity, examples, got 'size'",
+        ),
+        (
             {"federated": {"lora_aggregation": "svd", "server_optimizer": "fedadam"}},
             "federated.server_optimizer must be fedavg for federated.lora_aggregation 'svd', "
             "got 'fedadam'",

@@ -64,6 +64,45 @@ def test_devices_of_three_rungs_tune_one_adapter(
     assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == quality["plug_in"]
 
 
+def test_a_rung_counts_as_much_as_its_gradients_are_the_full_models(
+    config: Config, tmp_path: Path
+) -> None:
+    trusts = trusts_of(config, tmp_path / "by fidelity")
+    cosines = [
+        package.manifest.fidelity["gradient_cosine_tuned"]
+        for package in rungs_of(tmp_path / "by fidelity").values()
+    ]
+    assert cosines[0] > cosines[-1] > 0.1
+    assert trusts == pytest.approx([cosine**2 for cosine in cosines])
+    changes = {"federated": {"client_weighting": "examples"}}
+    assert trusts_of(override(config, changes), tmp_path / "by examples") == [1, 1, 1]
+
+
+def trusts_of(config: Config, path: Path) -> list[float]:
+    folder = RunFolder(path)
+    folder.create()
+    bench = set_up(config, folder, Silent(), None, pools_data=False)
+    folder.close()
+    return [rung.trust for rung in bench.rungs().values()]
+
+
+def test_a_rung_whose_gradients_turn_away_still_counts_a_little(
+    config: Config, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    bench = set_up(config, folder, Silent(), None, pools_data=False)
+    folder.close()
+    first, second, third = bench.packages.values()
+    bench.packages["0.5"] = second.with_fidelity({"gradient_cosine_tuned": -0.3})
+    bench.packages["0.25"] = third.with_fidelity({"gradient_cosine": 0.5})
+    trusts = [rung.trust for rung in bench.rungs().values()]
+    known = first.manifest.fidelity["gradient_cosine_tuned"]
+    assert trusts == pytest.approx([known**2, 0.01, 0.25])
+    bench.packages["0.25"] = third.with_fidelity({})
+    assert [rung.trust for rung in bench.rungs().values()] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, DISTILLED, COMPACT],

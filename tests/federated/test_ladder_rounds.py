@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,21 @@ def test_the_server_has_every_tensor() -> None:
     state, result = run(devices(), controller, server_training=server_adding(10.0, 30))
     assert values(state) == pytest.approx([(10 * 1 + 20 * 2 + 30 * 10) / 60, 10])
     assert [p.rung for p in result.participants if p.client_id == SERVER_ID] == [""]
+
+
+def test_examples_on_a_rung_that_is_trusted_less_count_less() -> None:
+    rungs = {"large": LARGE, "small": replace(SMALL, trust=0.5)}
+    controller = plan(server_steps=1, a="large", b="small", c="small")
+    loop = federation(
+        devices(), rungs=rungs, controller=controller, server_training=server_adding(10.0, 20)
+    )
+    state, result = loop.run_round(start(), None)
+    shares = {"a": 10, "b": 20 * 0.5, "c": 30 * 0.5}
+    wanted = {name: share / 35 * 60 / 80 for name, share in shares.items()} | {SERVER_ID: 20 / 80}
+    assert {p.client_id: p.weight for p in result.participants} == pytest.approx(wanted)
+    means = [wanted["a"] * 1 + wanted["b"] * 2 + wanted["c"] * 4 + wanted[SERVER_ID] * 10]
+    means.append((wanted["a"] * 1 + wanted[SERVER_ID] * 10) / (wanted["a"] + wanted[SERVER_ID]))
+    assert values(state) == pytest.approx(means)
 
 
 def test_a_tensor_that_nobody_returned_stays_as_it_is_and_so_do_its_moments() -> None:

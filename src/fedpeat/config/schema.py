@@ -39,6 +39,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
+ClientWeighting = Literal["fidelity", "examples"]
 
 
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
@@ -412,6 +413,10 @@ class FederatedConfig:
     """Rungs of the devices, as the shares of blocks that their emulators keep, given out over and
     over in the order of their names, each that of emulator.recipe or in emulator.lower_rungs;
     empty: the recipe's for all."""
+    client_weighting: ClientWeighting = "fidelity"
+    """What an example of a device counts in the average: fidelity (the squared cosine between the
+    adapter's gradients on the device's rung and on the full model), examples (the same on all
+    rungs)."""
     client_ranks: tuple[int, ...] = ()
     """Ranks of LoRA on the devices, given out over and over in the order of their names, each in
     [1, adapter.r], for lora_aggregation svd; empty: adapter.r for all."""
@@ -448,6 +453,7 @@ class FederatedConfig:
             self.max_examples_per_client,
         )
         _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
+        _require_choice("federated.client_weighting", ClientWeighting, self.client_weighting)
         _require_positive("federated.server_learning_rate", self.server_learning_rate)
         _require(
             0 <= self.server_momentum < 1,

@@ -39,6 +39,9 @@ from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["Bench", "make_controller", "make_federation", "set_up"]
 
+_LEAST_COSINE = 0.1
+"""What gradients are taken to agree at least, so that no rung is left out altogether."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -89,6 +92,7 @@ class Bench:
     def rungs(self) -> dict[str, Rung]:
         """Return the emulators as the round loop sees them, by name, put on the shelf."""
         rungs = {}
+        trust = self._trust()
         for name, package in self.packages.items():
             kept = set(package.manifest.source_blocks)
             rungs[name] = Rung.of(
@@ -97,11 +101,27 @@ class Bench:
                 [index for index in self.tuned if index in kept],
                 self._tensors_of(kept),
                 self.slices_of(package),
+                trust=trust[name],
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
             self.shelf.put(decode(rung.hold_message(rung.parts, current)))
         return rungs
+
+    def _trust(self) -> dict[str, float]:
+        """Return what an example counts on each rung.
+
+        Source:
+            Brennan (1959), Linear diversity combining techniques: of signals in noise each is
+            weighted by how well it is received; here by the share of the energy of a rung's
+            gradients that lies along the full model's.
+        """
+        found = [package.manifest.fidelity for package in self.packages.values()]
+        cosines = [f.get("gradient_cosine_tuned", f.get("gradient_cosine")) for f in found]
+        if self.config.federated.client_weighting == "examples" or None in cosines:
+            return dict.fromkeys(self.packages, 1.0)
+        known = [max(cosine or 0.0, _LEAST_COSINE) ** 2 for cosine in cosines]
+        return dict(zip(self.packages, known, strict=True))
 
     def slices_of(self, package: EmulatorPackage) -> dict[str, Slice]:
         """Return the entries of the adapter's tensors that an emulator has in part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 import transformers
@@ -25,7 +26,7 @@ from fedpeat.experiments.fidelity import Probe, agreement_line, measure_agreemen
 from fedpeat.experiments.ladder import Ladder
 from fedpeat.experiments.observer import Observer
 from fedpeat.model.blocks import Blocks
-from fedpeat.model.cut import build_from_blocks
+from fedpeat.model.cut import borrow_blocks
 from fedpeat.model.layers import LayerSpec
 from fedpeat.model.loading import DTYPES, LoadedModel
 from fedpeat.tuning.distillation import DistillSettings, Terms, distill, measure_fidelity
@@ -122,7 +123,7 @@ def _made(
     batches = _calibration(loaded, data, config)
     steps = [recipe.selection for recipe in recipes.values()]
     kept = choose_rungs(steps, loaded.model, blocks, tuned, batches)
-    student = build_from_blocks(loaded.model, blocks, kept[0])
+    student = borrow_blocks(loaded.model, blocks, kept[0])
     ladder = Ladder(
         loaded.model, student, blocks, dict(zip(recipes, kept, strict=True)), frozenset(tuned)
     )
@@ -199,11 +200,15 @@ def _fidelity(ladder: Ladder, data: Examples, metric: str) -> dict[str, dict[str
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round weights to the type that they are sent in; they stay in the one computed in."""
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize:
-                tensor.copy_(tensor.to(dtype))
+    """Round weights to the type that they are sent in; they stay in the one computed in.
+
+    They are put into memory of their own, since they may be the full model's.
+    """
+    sent = model.state_dict().keys()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        rounds = tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
+        if name in sent and rounds:
+            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
 
 
 def _calibration(
@@ -230,6 +235,9 @@ def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
             "above 0"
         )
     ladder = piece.ladder
+    trainable = ladder.trainable()
+    for parameter in trainable:
+        parameter.data = parameter.data.clone()  # until now it may be the full model's
     number = len(ladder.kept)
     title = "distil emulator" if number == 1 else f"distil {number} rungs"
 
@@ -239,7 +247,7 @@ def _distill(piece: _Workpiece, step: Step) -> list[LayerSpec]:
     with torch.random.fork_rng(devices=[]):
         distill(
             ladder.rungs,
-            ladder.trainable(),
+            trainable,
             piece.data.server,
             distill_settings(piece.config, int(step.value)),
             seed=derive_seed(piece.seed, "distill"),

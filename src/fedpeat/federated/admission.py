@@ -92,22 +92,32 @@ def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:
     return replace(outcome, result=result)
 
 
-def shares(updates: Sequence[Outcome], server_ratio: float | None) -> list[float]:
-    """Return each update's share of the average: by examples, or a fixed one for the server.
+def shares(
+    updates: Sequence[Outcome], server_ratio: float | None, trust: Mapping[str, float]
+) -> list[float]:
+    """Return each update's share of the average.
+
+    The server's is a fixed one, or that of its examples among all. Devices divide the rest by their
+    examples, each of which counts as much as their rung is trusted.
 
     Args:
         updates: Accepted updates.
         server_ratio: Share of the server, if devices take part too; None to go by its examples.
+        trust: What an example counts on a rung, by the rung's name; only ratios matter. On one
+            that is not named it counts 1.
     """
-    is_server = [u.result.role == "server" for u in updates]
-    total = sum(u.result.num_examples for u in updates)
-    by_examples = [u.result.num_examples / total for u in updates]
-    if server_ratio is None or not any(is_server) or all(is_server):
-        return by_examples
-    devices = sum(s for s, own in zip(by_examples, is_server, strict=True) if not own)
+    results = [u.result for u in updates]
+    examples = sum(r.num_examples for r in results)
+    own = sum(r.num_examples for r in results if r.role == "server")
+    if own in {0, examples}:
+        for_server = own / examples
+    else:
+        for_server = own / examples if server_ratio is None else server_ratio
+    trusted = [r.num_examples * trust.get(r.rung, 1.0) for r in results]
+    devices = sum(t for t, r in zip(trusted, results, strict=True) if r.role != "server")
     return [
-        server_ratio if own else s / devices * (1 - server_ratio)
-        for s, own in zip(by_examples, is_server, strict=True)
+        for_server if r.role == "server" else t / devices * (1 - for_server)
+        for t, r in zip(trusted, results, strict=True)
     ]
 
 

@@ -142,7 +142,8 @@ class Federation:
         weights: list[float] = []
         error = None
         if len(updates) >= self._min_clients:
-            weights = shares(updates, self._server_weight_ratio)
+            trust = {name: rung.trust for name, rung in self.rungs.items()}
+            weights = shares(updates, self._server_weight_ratio, trust)
             new_state = self._aggregate(state, updates, weights)
             error = self._product_error(state, updates, weights)
         else:

@@ -31,6 +31,7 @@ class Rung:
         hold_record: The rest of the message that hands it out.
         tensors: Names of the adapter's tensors that its network has; None for all of them.
         slices: Entries that it has of the tensors that it has in part. They stay with the server.
+        trust: What an example of a device on this rung counts in the average, beside others'.
     """
 
     sha256: str
@@ -38,6 +39,7 @@ class Rung:
     hold_record: Mapping[str, Any]
     tensors: frozenset[str] | None = None
     slices: Slices = field(default_factory=dict)
+    trust: float = 1.0
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Rung:
         tuned: Collection[int],
         tensors: frozenset[str] | None = None,
         slices: Slices | None = None,
+        trust: float = 1.0,
     ) -> Rung:
         """Return the rung of an emulator.
 
@@ -56,13 +59,14 @@ class Rung:
             tuned: Blocks that are tuned, as in the full model.
             tensors: Names of the adapter's tensors that its network has; None for all of them.
             slices: Entries that it has of those that it has in part.
+            trust: What an example of a device on it counts.
         """
         record = {
             **package.to_payload().record,
             "adapter": asdict(adapter),
             "tuned_blocks": list(tuned),
         }
-        return cls(package.manifest.sha256, package.parts, record, tensors, slices or {})
+        return cls(package.manifest.sha256, package.parts, record, tensors, slices or {}, trust)
 
     def own(self, adapter: State) -> dict[str, np.ndarray]:
         """Return the tensors of an adapter that its network has, and of each the entries."""

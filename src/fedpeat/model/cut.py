@@ -20,6 +20,7 @@ from fedpeat.model.layers import LayerSpec, replace_layers
 from fedpeat.model.tracing import reshaping_blocks
 
 __all__ = [
+    "borrow_blocks",
     "build_from_blocks",
     "cut_in_place",
     "frozen",
@@ -198,6 +199,29 @@ def build_from_blocks(model: Network, blocks: Blocks, kept: Sequence[int]) -> Ne
     """
     with only_blocks(model, blocks, kept):
         small = copy.deepcopy(model)
+    return frozen(small, next(model.parameters()).device)
+
+
+def borrow_blocks(model: Network, blocks: Blocks, kept: Sequence[int]) -> Network:
+    """Return a new network that holds only some blocks, its parameters in the old one's memory.
+
+    A module or parameter of it may be replaced as if it were a copy. Whoever writes into one gives
+    it memory of its own first: ``parameter.data = parameter.data.clone()``.
+
+    Args:
+        model: The full model.
+        blocks: Its blocks.
+        kept: Indices of the blocks to keep, rising.
+
+    Raises:
+        SplitError: If the indices are not rising, are no blocks, or leave a list without any.
+    """
+    with only_blocks(model, blocks, kept):
+        # what deepcopy is told that it has copied already, by the id of the original
+        shared: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), False) for p in model.parameters()
+        }
+        small = copy.deepcopy(model, shared)
     return frozen(small, next(model.parameters()).device)
 
 

@@ -203,7 +203,7 @@ def distill(
     for parameter in trainable:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
-        trainable, lr=settings.learning_rate, weight_decay=0.1, foreach=True
+        trainable, lr=settings.learning_rate, weight_decay=0.1, fused=True
     )
     with ExitStack() as stack:
         blocks: list[nn.Module] = []

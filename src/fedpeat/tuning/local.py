@@ -91,7 +91,7 @@ def train(
     parameters = list(tunable.parameters.values())
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     losses = []
     with (

@@ -82,7 +82,7 @@ def recover(
         )
     stops = {round(share * num_steps) for share in CHECKPOINTS}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=budget.learning_rate, weight_decay=0.1, foreach=True)
+    optimizer = torch.optim.AdamW(trained, lr=budget.learning_rate, weight_decay=0.1, fused=True)
     reached = [Reached(0, evaluate(model, held_out, budget.batch_size))]
     with evaluating(model):
         for step in range(num_steps):
