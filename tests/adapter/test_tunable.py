@@ -14,9 +14,11 @@ from torch import nn
 
 from fedpeat.adapter.lora import part_of, truncated
 from fedpeat.adapter.placement import tuned_blocks
-from fedpeat.adapter.tunable import Tunable, attach, read_adapter
+from fedpeat.adapter.tunable import Tunable, attach, attached, read_adapter
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, SplitError
+from fedpeat.emulator.few_bits import store_in_few_bits
+from fedpeat.emulator.low_rank import factorise
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import load_model
@@ -247,6 +249,20 @@ def test_merged_model_gives_the_plug_ins_logits(method: str) -> None:
     full.load(changed(full))
     expected = full.model(input_ids=ids).logits
     torch.testing.assert_close(full.merged()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_an_adapter_comes_off_layers_that_compute_their_weights(method: str) -> None:
+    model, ids = tiny_model("llama"), random_ids()
+    blocks = find_blocks(model)
+    factorise(model, blocks, [2], 0.5, [{"input_ids": ids, "labels": ids}])
+    store_in_few_bits(model, "int8")
+    before, layers = model(input_ids=ids).logits, [type(m) for m in model.modules()]
+    with attached(model, blocks, [1, 2], METHODS[method]) as tunable:
+        tunable.load(changed(tunable))
+        assert not torch.equal(tunable.model(input_ids=ids).logits, before)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert [type(m) for m in model.modules()] == layers
 
 
 class Strided(nn.Module):

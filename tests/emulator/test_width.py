@@ -125,6 +125,27 @@ def test_neurons_that_others_depend_on_are_no_neurons() -> None:
     assert neurons_of(model, blocks, 0, {"input": torch.randn(2, 3, 8)}) == []
 
 
+class Averaged(nn.Module):
+    """A block that divides by the number of its neurons, so that fewer of them count more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden = self.up(value).relu()
+        result: Tensor = value + self.down(hidden / hidden.shape[-1])
+        return result
+
+
+def test_neurons_whose_number_matters_are_no_neurons() -> None:
+    first = Averaged()
+    nn.init.normal_(first.down.weight, std=1e-4)  # so little that no fixed tolerance sees it
+    model = nn.Sequential(nn.Sequential(first, Averaged()))
+    blocks = find_blocks(model, "0")
+    assert neurons_of(model, blocks, 0, {"input": torch.randn(2, 3, 8)}) == []
+
+
 def test_blocks_without_neurons_are_refused() -> None:
     model = nn.Sequential(nn.Sequential(Mixed(), Mixed()))
     with pytest.raises(EmulatorError, match="finds no neurons in the 1 kept blocks .* low_rank"):

@@ -19,7 +19,13 @@ from fedpeat.data.files import read_local_documents
 from fedpeat.data.packing import pack
 from fedpeat.data.records import Fields
 from fedpeat.experiments import audit_inputs
-from fedpeat.experiments.audit import _best_quality, _earlier, audit, capability_ratio
+from fedpeat.experiments.audit import (
+    _best_quality,
+    _earlier,
+    _regained,
+    audit,
+    capability_ratio,
+)
 from fedpeat.experiments.audit_inputs import audit_text, find_suspects
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
@@ -245,6 +251,18 @@ def test_a_quality_that_is_not_finite_is_never_the_best(folder: Path) -> None:
     assert fine_tuned["regained_ratio"] == 0
 
 
+def test_what_an_emulator_as_good_as_the_model_regains_is_not_told(folder: Path) -> None:
+    def quality(perplexity: float) -> Quality:
+        return Quality(nll=math.log(perplexity), num_tokens=1, num_bytes=1, num_correct=0)
+
+    full, scratch, best = quality(10.0), quality(1000.0), quality(9.9)
+    assert _regained(best, quality(10.3), scratch, full) is None
+    assert _regained(best, quality(9.8), scratch, full) is None
+    assert _regained(best, quality(1000.0), quality(5.0), full) is None
+    found = _regained(quality(11.0), quality(12.0), scratch, full)
+    assert found == pytest.approx(math.log(12 / 11) / math.log(12 / 10))
+
+
 def test_a_damaged_audit_is_made_anew(folder: Path) -> None:
     for damaged in ("{", "[]", '{"emulators": [{}]}'):
         (folder / "audit.json").write_text(damaged)
@@ -273,6 +291,9 @@ def test_verdicts_follow_the_numbers() -> None:
     assert "-10 % of the way" in untouched
     assert "up to 2,000 tokens of public text (server), fine-tuning the emulator" in attack
     assert "60 % of the way is recovered, and 30 % of what compression had taken" in attack
+    record["attacks"]["fine_tune"]["regained_ratio"] = None
+    attack = verdicts(record, PLAN)[2]
+    assert "60 % of the way is recovered, where compression had taken next to nothing" in attack
     for ratio, meaning in (
         (0.95, "nearly all"),
         (0.6, "most"),

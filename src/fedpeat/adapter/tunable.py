@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -222,10 +223,8 @@ def attached(
             values = [(p, p.detach().clone()) for p in tuned_weights]
             yield tunable
         finally:
-            if isinstance(tuned_model, peft.PeftModel) and hasattr(
-                tuned_model.base_model, "unload"
-            ):
-                tuned_model.base_model.unload()  # type: ignore[operator]
+            if isinstance(tuned_model, peft.PeftModel):
+                _take_off(model)
             if _go_by_themselves(model, blocks if kept is None else blocks.select(kept)):
                 model.disable_input_require_grads()
             for parameter, data, flag in before:
@@ -234,6 +233,19 @@ def attached(
             with torch.no_grad():
                 for weight, value in values:
                     weight.copy_(value)
+
+
+def _take_off(model: nn.Module) -> None:
+    """Put a network's own layers back in the places of PEFT's.
+
+    PEFT's ``unload`` assigns to ``weight``, which some of our layers only compute.
+    """
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _let_gradients_through(model: nn.Module, blocks: Blocks) -> None:

@@ -38,6 +38,9 @@ from fedpeat.tuning.recovery import Budget, Reached, recover
 
 __all__ = ["ATTACKS", "audit", "capability_ratio"]
 
+_LEAST_TAKEN = 0.01
+"""Share of a model's capability that compression must take before what is regained is told."""
+
 METRIC = "perplexity"
 Start = Callable[[EmulatorPackage, torch.device, int], transformers.PreTrainedModel]
 
@@ -271,7 +274,7 @@ def _recovered(
             "learning_rate": rate,
             "perplexity": best.perplexity,
             "recovered_ratio": capability_ratio(best, floor, full) if has_emulator else None,
-            "regained_ratio": capability_ratio(best, untouched, full) if has_emulator else None,
+            "regained_ratio": _regained(best, untouched, floor, full) if has_emulator else None,
             "curve": [_point(*pair, full) for pair in zip(reached, scratch, strict=True)],
         }
     known = [r["recovered_ratio"] for r in records.values() if r is not None]
@@ -285,6 +288,18 @@ def _recovered(
         "attacks": records,
         "recovered_ratio": max((ratio for ratio in known if ratio is not None), default=None),
     }
+
+
+def _regained(best: Quality, untouched: Quality, floor: Quality, full: Quality) -> float | None:
+    """Return the share of what compression took that an attack regains; None where it took none.
+
+    It took none to speak of where the emulator covers all but a hundredth of the way from the floor
+    to the full model; a share of so little would be noise.
+    """
+    covered = capability_ratio(untouched, floor, full)
+    if covered is None or covered > 1 - _LEAST_TAKEN:
+        return None
+    return capability_ratio(best, untouched, full)
 
 
 def _best_quality(reached: Sequence[Reached]) -> Quality:

@@ -47,9 +47,14 @@ def _attacked(record: Mapping[str, Any], plan: AuditPlan) -> str:
         f"reaches perplexity {best['perplexity']:.2f}, against "
         f"{attacks['from_scratch']['perplexity']:.2f} from scratch and "
         f"{record['capability']['full']:.2f} of the full model: {_percent(recovered)} of the way "
-        f"is recovered, and {_percent(best['regained_ratio'])} of what compression had taken; "
-        f"{meaning}."
+        f"is recovered, {_regained(best['regained_ratio'])}; {meaning}."
     )
+
+
+def _regained(ratio: float | None) -> str:
+    if ratio is None:
+        return "where compression had taken next to nothing"
+    return f"and {_percent(ratio)} of what compression had taken"
 
 
 def _percent(ratio: float | None) -> str:
