@@ -9,6 +9,7 @@
     ├── AdapterError      (ValueError)    an adapter cannot be attached, loaded or exported
     ├── CheckpointError   (ValueError)    a checkpoint is missing, damaged or of another run
     ├── WireError         (ValueError)    a message does not follow the wire format
+    ├── WorldError        (ValueError)    an edge world or its workload cannot be
     ├── AggregationError  (RuntimeError)  a round leaves nothing to aggregate
     └── StorageError      (OSError)       the run folder cannot be written
 
@@ -29,6 +30,7 @@ __all__ = [
     "SplitError",
     "StorageError",
     "WireError",
+    "WorldError",
 ]
 
 
@@ -68,6 +70,10 @@ class CheckpointError(FedPEATError, ValueError):
 
 class WireError(FedPEATError, ValueError):
     """A message does not follow the wire format."""
+
+
+class WorldError(FedPEATError, ValueError):
+    """An edge world, its devices or its workload cannot be as described."""
 
 
 class AggregationError(FedPEATError, RuntimeError):

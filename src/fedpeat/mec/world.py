@@ -1,0 +1,419 @@
+"""A cell with devices: who is there, how well they are reached, and what a round costs them.
+
+Many worlds go side by side: arrays are (worlds, devices). Quantities are in SI units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fedpeat.core.errors import WorldError
+from fedpeat.mec import channel
+from fedpeat.mec.allocation import equal_finish_shares
+from fedpeat.mec.constants import (
+    BASE_STATION_POWER_W,
+    CARRIER_HZ,
+    MIN_DISTANCE_M,
+    NOISE_DENSITY_W_HZ,
+    SHADOWING_DB,
+)
+from fedpeat.mec.devices import KINDS, PRESETS, kinds_of
+from fedpeat.mec.workload import WorkloadProfile
+
+__all__ = ["NONE_HELD", "Demand", "EdgeWorld", "RoundCost", "WorldSettings"]
+
+Array = np.ndarray
+Reals = Float[np.ndarray, "worlds devices"]
+Flags = Bool[np.ndarray, "worlds devices"]
+NONE_HELD = -1
+"""Rung of a device that holds no emulator."""
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """What a world is like.
+
+    Attributes:
+        preset: Which devices there are, a name in ``devices.PRESETS``.
+        num_devices: How many.
+        radius_m: Radius of the cell [m].
+        down_bandwidth_hz: Band from the base station to the devices [Hz].
+        up_bandwidth_hz: Band from the devices to the base station [Hz].
+        deadline_s: Replies later than this are lost [s]; None waits for everyone.
+        server_flops_per_s: What the server reaches [1/s].
+        server_power_w: Power that the server takes while it computes [W].
+    """
+
+    preset: str = "mixed"
+    num_devices: int = 10
+    radius_m: float = 500.0
+    down_bandwidth_hz: float = 20e6
+    up_bandwidth_hz: float = 20e6
+    deadline_s: float | None = None
+    server_flops_per_s: float = 50e12
+    server_power_w: float = 400.0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise WorldError(
+                f"preset of a world must be one of {', '.join(PRESETS)}, got {self.preset!r}"
+            )
+        if self.num_devices < 1:
+            raise WorldError(f"num_devices of a world must be at least 1, got {self.num_devices}")
+        for name in (
+            "down_bandwidth_hz",
+            "up_bandwidth_hz",
+            "server_flops_per_s",
+            "server_power_w",
+            "deadline_s",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise WorldError(f"{name} of a world must be finite and above 0, got {value}")
+        if not (math.isfinite(self.radius_m) and self.radius_m > MIN_DISTANCE_M):
+            raise WorldError(
+                f"radius_m of a world must be finite and above {MIN_DISTANCE_M:g}, "
+                f"got {self.radius_m}"
+            )
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked of everyone in one round.
+
+    Attributes:
+        takes_part: Who is asked at all.
+        rung: Place in the ladder of the emulator that each is to tune on.
+        local_steps: Local steps of each.
+        share: Share of both bands for each; None for shares with which all finish together.
+        server_steps: Steps of the server, which go on beside the devices'.
+        realigns: Whether emulators are aligned anew first.
+    """
+
+    takes_part: Flags
+    rung: Int[np.ndarray, "worlds devices"]
+    local_steps: Int[np.ndarray, "worlds devices"]
+    share: Reals | None
+    server_steps: Int[np.ndarray, " worlds"]
+    realigns: Bool[np.ndarray, " worlds"]
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """What a round cost.
+
+    Attributes:
+        seconds: How long it took [s].
+        finished: Whose update came back in time.
+        device_s: When each was done [s]; 0 for those who took no part.
+        device_j: Energy of each [J].
+        server_j: Energy of the server [J].
+        bytes_down: Bytes to each.
+        bytes_up: Bytes from each.
+    """
+
+    seconds: Float[np.ndarray, " worlds"]
+    finished: Flags
+    device_s: Reals
+    device_j: Reals
+    server_j: Float[np.ndarray, " worlds"]
+    bytes_down: Reals
+    bytes_up: Reals
+
+
+@dataclass
+class _State:
+    """What changes from round to round."""
+
+    position_m: Float[np.ndarray, "worlds devices 2"]
+    shadowing_db: Reals
+    fading: Float[np.ndarray, "worlds devices 4"]  # in phase and quadrature, down and up
+    utilisation: Reals
+    free_memory_bytes: Reals
+    battery_j: Reals
+    present: Flags
+    held: Int[np.ndarray, "worlds devices"]
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What each device is for good, drawn when a world begins."""
+
+    clock_hz: Reals
+    memory_bytes: Reals
+    speed_m_s: Reals
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What a device has from its kind; (devices)."""
+
+    values: dict[str, Float[np.ndarray, " devices"]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, " devices"]:
+        return self.values[name]
+
+
+class EdgeWorld:
+    """Worlds side by side, each with the same kinds of devices.
+
+    Args:
+        settings: What they are like.
+        workload: What the federation asks of devices.
+        num_worlds: How many.
+        rng: Every draw comes from it.
+
+    Raises:
+        WorldError: If no device could ever hold any rung.
+    """
+
+    def __init__(
+        self,
+        settings: WorldSettings,
+        workload: WorkloadProfile,
+        num_worlds: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self.settings = settings
+        self.workload = workload
+        self.num_worlds = num_worlds
+        self._rng = rng
+        mix = PRESETS[settings.preset]
+        kinds = [KINDS[name] for name in mix]
+        self.kind = kinds_of(mix, settings.num_devices)
+        self._common = _Common(
+            {
+                f"{name}{suffix}": np.array([pick(getattr(kind, name)) for kind in kinds])[
+                    self.kind
+                ]
+                for name in kinds[0].__dataclass_fields__
+                for suffix, pick in (("", _low), ("_high", _high))
+            }
+        )
+        self._rungs = {
+            name: workload.of(name)
+            for name in ("adapter_down_bytes", "adapter_up_bytes", "step_flops", "memory_bytes")
+        }
+        least = self._rungs["memory_bytes"].min()
+        most = (self._common["memory_bytes_high"] * self._common["free_memory_ratio_high"]).max()
+        if least > most:
+            raise WorldError(
+                f"no device of a {settings.preset} world can hold any rung: the smallest takes "
+                f"{least:.3g} bytes and none ever has more than {most:.3g} free"
+            )
+        self._traits, self._state = self._drawn()
+
+    # --- what can be seen of it --------------------------------------------------------------
+
+    @property
+    def snr_down(self) -> Reals:
+        """Signal-to-noise ratio of each device on the whole band down, linear."""
+        power = BASE_STATION_POWER_W / (NOISE_DENSITY_W_HZ * self.settings.down_bandwidth_hz)
+        return np.asarray(power * self._gain(slice(0, 2)))
+
+    @property
+    def snr_up(self) -> Reals:
+        """The same on the whole band up, all power of the device spread over it."""
+        noise_w = NOISE_DENSITY_W_HZ * self.settings.up_bandwidth_hz
+        return np.asarray(self._common["tx_power_w"] / noise_w * self._gain(slice(2, 4)))
+
+    @property
+    def clock_hz(self) -> Reals:
+        """Clock of each device's processor [Hz]."""
+        return self._traits.clock_hz
+
+    @property
+    def flops_per_s(self) -> Reals:
+        """Operations that each device reaches in this round [1/s]."""
+        cycles = self._traits.clock_hz * self._common["flops_per_cycle"]
+        return np.asarray(cycles * self._state.utilisation)
+
+    @property
+    def distance_m(self) -> Reals:
+        """Distance of each device from the base station [m]."""
+        return np.asarray(np.hypot(self._state.position_m[..., 0], self._state.position_m[..., 1]))
+
+    @property
+    def free_memory_bytes(self) -> Reals:
+        """Memory that each device has free in this round [B]."""
+        return self._state.free_memory_bytes
+
+    @property
+    def battery_ratio(self) -> Reals:
+        """Charge of each device's battery, in [0, 1]; 1 on the mains."""
+        full = self._common["battery_j"]
+        finite = np.where(np.isfinite(full), full, 1.0)
+        return np.where(np.isfinite(full), self._state.battery_j / finite, 1.0)
+
+    @property
+    def present(self) -> Flags:
+        """Who is there."""
+        return self._state.present
+
+    @property
+    def held(self) -> Int[np.ndarray, "worlds devices"]:
+        """Rung that each device holds, or ``NONE_HELD``."""
+        return self._state.held
+
+    @property
+    def feasible(self) -> Bool[np.ndarray, "worlds devices rungs"]:
+        """Which rungs each device could tune on now: it is there, and has the memory."""
+        fits = self._state.free_memory_bytes[..., None] >= self._rungs["memory_bytes"]
+        alive = self._state.present & (self._state.battery_j > 0)
+        return np.asarray(fits & alive[..., None])
+
+    # --- what happens to it ------------------------------------------------------------------
+
+    def run_round(self, demand: Demand) -> RoundCost:
+        """Let a round pass and return what it cost; the world goes on meanwhile.
+
+        Raises:
+            WorldError: If a device is asked for what is not feasible.
+        """
+        cost = self._cost(demand)
+        self._go_on(demand, cost)
+        return cost
+
+    def reset(self, which: Bool[np.ndarray, " worlds"]) -> None:
+        """Begin some of the worlds anew, with other devices of the same kinds."""
+        traits, state = self._drawn()
+
+        def chosen(new: Array, old: Array) -> Array:
+            picked = which.reshape((-1,) + (1,) * (old.ndim - 1))
+            return np.where(picked, new, old)
+
+        self._traits = _Traits(
+            **{n: chosen(v, getattr(self._traits, n)) for n, v in vars(traits).items()}
+        )
+        self._state = _State(
+            **{n: chosen(v, getattr(self._state, n)) for n, v in vars(state).items()}
+        )
+
+    def _drawn(self) -> tuple[_Traits, _State]:
+        shape = (self.num_worlds, self.settings.num_devices)
+        traits = _Traits(*(self._between(n) for n in ("clock_hz", "memory_bytes", "speed_m_s")))
+        return traits, _State(
+            position_m=self._places(shape),
+            shadowing_db=self._rng.standard_normal(shape) * SHADOWING_DB,
+            fading=self._rng.standard_normal((*shape, 4)) * np.sqrt(0.5),
+            utilisation=self._between("utilisation_ratio"),
+            free_memory_bytes=traits.memory_bytes * self._between("free_memory_ratio"),
+            battery_j=np.broadcast_to(self._common["battery_j"], shape).copy(),
+            present=np.ones(shape, dtype=bool),
+            held=np.full(shape, NONE_HELD),
+        )
+
+    def _between(self, name: str) -> Reals:
+        shape = (self.num_worlds, self.settings.num_devices)
+        return self._rng.uniform(self._common[name], self._common[f"{name}_high"], shape)
+
+    def _places(self, shape: tuple[int, ...]) -> Float[np.ndarray, "worlds devices 2"]:
+        """Return places that are uniform over the cell."""
+        radius = self.settings.radius_m * np.sqrt(self._rng.random(shape))
+        angle = 2 * np.pi * self._rng.random(shape)
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+    def _gain(self, direction: slice) -> Reals:
+        loss_db = channel.path_loss_db(self.distance_m) + self._state.shadowing_db
+        power = (self._state.fading[..., direction] ** 2).sum(-1)
+        return np.asarray(channel.linear(-loss_db) * power)
+
+    def _cost(self, demand: Demand) -> RoundCost:
+        settings, active = self.settings, demand.takes_part
+        possible = np.take_along_axis(self.feasible, demand.rung[..., None], -1)[..., 0]
+        if bool((active & ~possible).any()):
+            raise WorldError("a device is asked to tune on a rung that it cannot hold now")
+        asked = {name: np.where(active, v[demand.rung], 0.0) for name, v in self._rungs.items()}
+        exchanged = np.where(active, self._exchanged(demand), 0.0)
+        down_bytes = asked["adapter_down_bytes"] + exchanged
+        compute_s = demand.local_steps * asked["step_flops"] / self.flops_per_s
+        down_s = (
+            8
+            * down_bytes
+            / channel.achievable_rate_bps(self.snr_down, np.asarray(settings.down_bandwidth_hz))
+        )
+        up_bits_per_hz = 8 * asked["adapter_up_bytes"] / settings.up_bandwidth_hz
+        snr = self.snr_up
+        if demand.share is None:
+            share = equal_finish_shares(compute_s, down_s, up_bits_per_hz, snr, active)
+        else:
+            share = np.where(active, demand.share, 0.0)
+        safe = np.where(share > 0, share, 1.0)
+        up_s = up_bits_per_hz / (safe * np.log2(1 + snr / safe))
+        finish = down_s / safe + compute_s + up_s
+        realign_s = demand.realigns * self.workload.realign_flops / settings.server_flops_per_s
+        server_s = (
+            demand.server_steps * self.workload.server_step_flops / settings.server_flops_per_s
+        )
+        fails = self._rng.random(active.shape) < self._common["fails_ratio"]
+        finished = active & ~fails
+        if settings.deadline_s is not None:
+            finished &= finish <= settings.deadline_s
+        awaited = np.where(active, finish, 0.0).max(-1)
+        if settings.deadline_s is not None:
+            awaited = np.minimum(awaited, settings.deadline_s)
+        cycles = compute_s * self._traits.clock_hz
+        energy = (
+            self._common["capacitance"] * self._traits.clock_hz**2 * cycles
+            + self._common["tx_power_w"] * up_s
+            + self._common["rx_power_w"] * down_s / safe
+        )
+        return RoundCost(
+            seconds=realign_s + np.maximum(awaited, server_s),
+            finished=finished,
+            device_s=np.where(active, finish, 0.0),
+            device_j=np.where(active, energy, 0.0),
+            server_j=(realign_s + server_s) * settings.server_power_w,
+            bytes_down=down_bytes,
+            bytes_up=asked["adapter_up_bytes"],
+        )
+
+    def _exchanged(self, demand: Demand) -> Reals:
+        """Return the bytes of emulator that each device lacks."""
+        lacking = self.workload.exchange_bytes[self._state.held, demand.rung]
+        refresh = self.workload.refresh_bytes or {}
+        fresh = np.array([refresh.get(rung.name, 0) for rung in self.workload.rungs], dtype=float)
+        aligned = demand.realigns[:, None] & (self._state.held != NONE_HELD)
+        return np.asarray(lacking + np.where(aligned, fresh[demand.rung], 0.0))
+
+    def _go_on(self, demand: Demand, cost: RoundCost) -> None:
+        """Move devices and what is about them through the time that a round took."""
+        state, common, rng = self._state, self._common, self._rng
+        elapsed = cost.seconds[:, None]
+        moved_m = np.where(common["moves"] > 0, self._traits.speed_m_s * elapsed, 0.0)
+        angle = 2 * np.pi * rng.random(moved_m.shape)
+        position = state.position_m + np.stack(
+            [moved_m * np.cos(angle), moved_m * np.sin(angle)], axis=-1
+        )
+        outside = np.hypot(position[..., 0], position[..., 1]) > self.settings.radius_m
+        position = np.where(outside[..., None], self._places(moved_m.shape), position)
+        faded = channel.fading_correlation(self._traits.speed_m_s, CARRIER_HZ, elapsed)
+        stays = rng.random(moved_m.shape) >= np.where(
+            state.present, common["leaves_ratio"], 1 - common["returns_ratio"]
+        )
+        battery = state.battery_j - cost.device_j + common["charging_w"] * elapsed
+        self._state = replace(
+            state,
+            position_m=position,
+            shadowing_db=channel.next_shadowing(
+                state.shadowing_db, channel.shadowing_correlation(moved_m), SHADOWING_DB, rng
+            ),
+            fading=channel.next_fading(state.fading, faded, rng),
+            utilisation=self._between("utilisation_ratio"),
+            free_memory_bytes=self._traits.memory_bytes * self._between("free_memory_ratio"),
+            battery_j=np.clip(battery, 0, common["battery_j"]),
+            present=stays,
+            held=np.where(demand.takes_part, demand.rung, state.held),
+        )
+
+
+def _low(value: float | tuple[float, float]) -> float:
+    return float(value[0] if isinstance(value, tuple) else value)
+
+
+def _high(value: float | tuple[float, float]) -> float:
+    return float(value[1] if isinstance(value, tuple) else value)
