@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpeat.mec.quality import QualityModel
 from fedpeat.mec.workload import RungLoad, WorkloadProfile
 from fedpeat.mec.world import Demand, EdgeWorld, WorldSettings
 
@@ -46,3 +47,16 @@ def demand(there: EdgeWorld, **changes: Any) -> Demand:
         "realigns": np.zeros(shape[0], dtype=bool),
     }
     return Demand(**(asked | changes))
+
+
+def quality() -> QualityModel:
+    """Return one member for three rungs, the smallest the slowest and with the highest floor."""
+    return QualityModel(
+        speed=np.array([[0.05, 0.04, 0.02]]),
+        excess=np.array([[0.0, 0.02, 0.1]]),
+        server_speed=np.array([0.04]),
+        steps_power=np.array([0.5]),
+        devices_power=np.array([0.5]),
+        staleness_decay=np.array([0.02]),
+        floor=np.array([2.0]),
+    )

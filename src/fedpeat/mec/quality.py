@@ -1,0 +1,108 @@
+"""How the work of a round changes the full model's loss: an ensemble of curves, few constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedpeat.core.errors import WorldError
+
+__all__ = ["QualityModel", "RoundWork"]
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """What the updates of a round are made of, in each of some worlds.
+
+    Attributes:
+        rung_share: Share of the devices' examples on each rung; sums to 1, or to 0 without devices.
+        num_effective: Number of devices of equal weight that would average as well,
+            (sum n)^2 / sum n^2 over their examples n; 0 without devices.
+        local_steps: Mean number of local steps of the devices, weighted by examples.
+        server_share: Share of the server in the average, in [0, 1].
+        server_steps: Steps of the server.
+        staleness: Rounds since the emulators were made or aligned.
+    """
+
+    rung_share: Float[np.ndarray, "worlds rungs"]
+    num_effective: Float[np.ndarray, " worlds"]
+    local_steps: Float[np.ndarray, " worlds"]
+    server_share: Float[np.ndarray, " worlds"]
+    server_steps: Float[np.ndarray, " worlds"]
+    staleness: Float[np.ndarray, " worlds"]
+
+
+@dataclass(frozen=True)
+class QualityModel:
+    """An ensemble that says how the loss of the plugged-in model goes on.
+
+    A round takes the loss towards a floor, L' = L - (1 - exp(-p)) (L - F), with
+
+        p = (1 - s) K^gamma exp(-zeta a) sum_r q_r speed_r m^beta + s speed_server m_server^beta
+        F = floor + (1 - s) sum_r q_r excess_r
+
+    where s is the server's share, K the effective number of devices, a the staleness, q_r the share
+    of rung r, and m the number of local steps. A rung whose gradients are not quite the full
+    model's is slower, and settles higher. The form is ours; its constants are fitted to real
+    rounds, each member's to another draw of them.
+
+    Attributes:
+        speed: Progress of a step on each rung.
+        excess: How much higher the loss settles with each rung alone [nat].
+        server_speed: Progress of a step of the server.
+        steps_power: beta, the return on more steps.
+        devices_power: gamma, the return on more devices.
+        staleness_decay: zeta, the loss of speed with each round since alignment.
+        floor: Where the loss settles with the full model alone [nat].
+    """
+
+    speed: Float[np.ndarray, "members rungs"]
+    excess: Float[np.ndarray, "members rungs"]
+    server_speed: Float[np.ndarray, " members"]
+    steps_power: Float[np.ndarray, " members"]
+    devices_power: Float[np.ndarray, " members"]
+    staleness_decay: Float[np.ndarray, " members"]
+    floor: Float[np.ndarray, " members"]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            least = -np.inf if item.name == "floor" else 0.0
+            if not (np.isfinite(value).all() and (value >= least).all()):
+                raise WorldError(
+                    f"{item.name} of a quality model must be finite, {least:g} or more, "
+                    f"got {value.tolist()}"
+                )
+
+    @property
+    def num_members(self) -> int:
+        """Size of the ensemble."""
+        return len(self.floor)
+
+    def next_loss(
+        self,
+        loss: Float[np.ndarray, " worlds"],
+        work: RoundWork,
+        member: Int[np.ndarray, " worlds"],
+    ) -> Float[np.ndarray, " worlds"]:
+        """Return the loss after a round.
+
+        Args:
+            loss: Loss of the plugged-in model before it [nat per token, or per image].
+            work: What the round's updates are made of.
+            member: Which curve of the ensemble each world follows.
+        """
+        devices = 1 - work.server_share
+        speed = (work.rung_share * self.speed[member]).sum(-1)
+        power = self.steps_power[member]
+        faded = np.exp(-self.staleness_decay[member] * work.staleness)
+        crowd = np.where(
+            work.num_effective > 0, work.num_effective ** self.devices_power[member], 0.0
+        )
+        progress = devices * crowd * faded * speed * work.local_steps**power
+        progress += work.server_share * self.server_speed[member] * work.server_steps**power
+        excess = (work.rung_share * self.excess[member]).sum(-1)
+        floor = self.floor[member] + devices * excess
+        return np.asarray(loss + np.expm1(-progress) * (loss - floor))
