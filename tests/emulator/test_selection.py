@@ -14,7 +14,6 @@ from fedpeat.config.recipe import Step
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.calibration import Batch, mean_loss_of
 from fedpeat.emulator.cka import clusters_of_blocks, linear_cka
-from fedpeat.emulator.gradient import gradient_scores
 from fedpeat.emulator.greedy import removal_order
 from fedpeat.emulator.influence import block_influence
 from fedpeat.emulator.selection import SELECTIONS, choose_blocks, choose_rungs
@@ -45,40 +44,6 @@ def test_blocks_that_do_nothing_have_the_least_influence(idle: list[int]) -> Non
     model, blocks = with_idle_blocks(idle)
     kept = choose_blocks(Step("influence", 0.5), model, blocks, [0, 5], batches())
     assert kept == [i for i in range(6) if i not in idle]
-
-
-def test_a_block_whose_weights_are_zero_has_no_gradient_score() -> None:
-    model, blocks = with_idle_blocks([])
-    for parameter in blocks.output(model, 3).parameters():
-        nn.init.zeros_(parameter)
-    scores = gradient_scores(model, blocks, MIDDLE, batches())
-    assert scores[3] == 0
-    kept = choose_blocks(Step("gradient", 0.5), model, blocks, [0, 5], batches())
-    assert kept == sorted([0, 5, *sorted(MIDDLE, key=scores.__getitem__)[-2:]])
-
-
-def test_gradient_score_is_that_of_the_formula() -> None:
-    model, blocks = with_idle_blocks([])
-    scores = gradient_scores(model, blocks, [2], batches())
-    block = blocks.output(model, 2)
-    block.requires_grad_(True)
-    gradients = []
-    for batch in batches():
-        model.zero_grad()
-        mean_loss_of(model, [batch]).backward()
-        gradients.append([p.grad.clone() for p in block.parameters() if p.grad is not None])
-    expected = 0.0
-    for weight, *own in zip(block.parameters(), *gradients, strict=True):
-        fisher = sum(g**2 for g in own) / len(own)
-        mean = sum(g for g in own) / len(own)
-        expected += float(((fisher * weight).abs().sum() + (mean * weight).sum()).detach())
-    assert scores[2] == pytest.approx(expected, rel=1e-4)
-
-
-def test_gradient_scores_leave_every_parameter_as_it_was() -> None:
-    model, blocks = with_idle_blocks([])
-    gradient_scores(model, blocks, MIDDLE, batches())
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_influence_of_a_block_that_does_nothing_is_zero() -> None:

@@ -41,7 +41,6 @@ STEPS: Mapping[str, StepKind] = {
         0, "ratio", "drop blocks one by one, each time the one the loss needs least"
     ),
     "cka": StepKind(0, "ratio", "keep the middle block of each group of like neighbours"),
-    "gradient": StepKind(0, "ratio", "keep the blocks that the gradients need most"),
     "width": StepKind(
         1, "ratio", "keep this share of the neurons inside the kept middle blocks, refit the rest"
     ),

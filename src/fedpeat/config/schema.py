@@ -181,7 +181,7 @@ class EmulatorConfig:
 
     recipe: str = "layer_drop:0.5"
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
-    (with placement "all": of all blocks): layer_drop, influence, greedy, cka or gradient and a
+    (with placement "all": of all blocks): layer_drop, influence, greedy or cka and a
     ratio in (0, 1], or full for every block; then width or heads and the share of the neurons or
     attention heads to keep, or low_rank and that of each matrix's weights; then distill:TOKENS of
     the server's own text (each of its images counts as one); then int8 or int4. For example

@@ -10,7 +10,6 @@ from fedpeat.config.recipe import Step
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.calibration import Batch, require_text
 from fedpeat.emulator.cka import select_by_cka
-from fedpeat.emulator.gradient import select_by_gradient
 from fedpeat.emulator.greedy import select_greedily
 from fedpeat.emulator.influence import select_by_influence
 from fedpeat.emulator.layer_drop import select_evenly
@@ -27,7 +26,6 @@ SELECTIONS: dict[str, Select] = {
     "influence": select_by_influence,
     "greedy": select_greedily,
     "cka": select_by_cka,
-    "gradient": select_by_gradient,
 }
 
 
