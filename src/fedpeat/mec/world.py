@@ -206,20 +206,19 @@ class EdgeWorld:
                 f"{least:.3g} bytes and none ever has more than {most:.3g} free"
             )
         self._traits, self._state = self._drawn()
+        self._snr = self._received()
 
     # --- what can be seen of it --------------------------------------------------------------
 
     @property
     def snr_down(self) -> Reals:
         """Signal-to-noise ratio of each device on the whole band down, linear."""
-        power = BASE_STATION_POWER_W / (NOISE_DENSITY_W_HZ * self.settings.down_bandwidth_hz)
-        return np.asarray(power * self._gain(slice(0, 2)))
+        return self._snr[0]
 
     @property
     def snr_up(self) -> Reals:
         """The same on the whole band up, all power of the device spread over it."""
-        noise_w = NOISE_DENSITY_W_HZ * self.settings.up_bandwidth_hz
-        return np.asarray(self._common["tx_power_w"] / noise_w * self._gain(slice(2, 4)))
+        return self._snr[1]
 
     @property
     def clock_hz(self) -> Reals:
@@ -292,6 +291,7 @@ class EdgeWorld:
         self._state = _State(
             **{n: chosen(v, getattr(self._state, n)) for n, v in vars(state).items()}
         )
+        self._snr = self._received()
 
     def _drawn(self) -> tuple[_Traits, _State]:
         shape = (self.num_worlds, self.settings.num_devices)
@@ -317,10 +317,18 @@ class EdgeWorld:
         angle = 2 * np.pi * self._rng.random(shape)
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
-    def _gain(self, direction: slice) -> Reals:
+    def _received(self) -> tuple[Reals, Reals]:
+        """Return the signal-to-noise ratios on the whole bands, down and up."""
         loss_db = channel.path_loss_db(self.distance_m) + self._state.shadowing_db
-        power = (self._state.fading[..., direction] ** 2).sum(-1)
-        return np.asarray(channel.linear(-loss_db) * power)
+        gain = channel.linear(-loss_db)
+        down, up = (
+            gain * (self._state.fading[..., part] ** 2).sum(-1)
+            for part in (slice(0, 2), slice(2, 4))
+        )
+        settings = self.settings
+        power_down = BASE_STATION_POWER_W / (NOISE_DENSITY_W_HZ * settings.down_bandwidth_hz)
+        power_up = self._common["tx_power_w"] / (NOISE_DENSITY_W_HZ * settings.up_bandwidth_hz)
+        return np.asarray(power_down * down), np.asarray(power_up * up)
 
     def _cost(self, demand: Demand) -> RoundCost:
         settings, active = self.settings, demand.takes_part
@@ -409,6 +417,7 @@ class EdgeWorld:
             present=stays,
             held=np.where(demand.takes_part, demand.rung, state.held),
         )
+        self._snr = self._received()
 
 
 def _low(value: float | tuple[float, float]) -> float:
