@@ -259,6 +259,16 @@ def test_the_same_seed_gives_the_same_episodes() -> None:
     assert not np.array_equal(outcomes[0], outcomes[2])
 
 
+def test_every_feature_has_a_name() -> None:
+    env = many(2)
+    obs, _ = env.reset(seed=0)
+    assert {name: obs[name].shape[-1] for name in ("devices", "world")} == {
+        name: len(names) for name, names in env.features.items()
+    }
+    held = [i for i, name in enumerate(env.features["devices"]) if name == "holds nothing"]
+    assert (obs["devices"][..., held] == 1).all()
+
+
 def test_observations_are_of_order_one() -> None:
     env = many(300)
     env.action_space.seed(0)

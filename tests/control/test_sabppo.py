@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpeat.control.federation_env import FederationVectorEnv, ProcessSettings
-from fedpeat.control.policy import MlpPolicy, NetworkKind, Policy, SetPolicy, choose, make_policy
+from fedpeat.control.policy import (
+    MlpPolicy,
+    NetworkKind,
+    Policy,
+    SetPolicy,
+    choose,
+    load_policy,
+    make_policy,
+    save_policy,
+)
 from fedpeat.control.sabppo import (
     Progress,
     SabppoSettings,
@@ -21,7 +33,7 @@ from fedpeat.control.sabppo import (
     evaluate_policy,
     train_sabppo,
 )
-from fedpeat.core.errors import ConfigError
+from fedpeat.core.errors import CheckpointError, ConfigError
 from fedpeat.mec.world import WorldSettings
 from worlds import quality, workload
 
@@ -42,8 +54,7 @@ def seen(there: FederationVectorEnv, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 
 def policy(kind: NetworkKind, there: FederationVectorEnv) -> Policy:
     """Return a policy with preferences, unlike a fresh one."""
-    devices, world, _ = seen(there)
-    made = make_policy(kind, devices.shape[-1], world.shape[-1], there.branches)
+    made = make_policy(kind, there)
     torch.manual_seed(0)
     for parameter in made.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -103,6 +114,71 @@ def test_an_action_says_what_was_chosen() -> None:
     assert (read.local_steps == choices[2].numpy()).all()
     assert (read.server_steps == choices[3][:, 0].numpy()).all()
     assert (read.realigns == (choices[4][:, 0].numpy() == 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["set", "mlp"])
+def test_a_policy_that_was_saved_does_the_same(kind: NetworkKind, tmp_path: Path) -> None:
+    there = env()
+    made = policy(kind, there)
+    made.see(*seen(there)[:2])
+    save_policy(made, there, tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy", there)
+    for one, other in zip(made(*seen(there)[:2]), loaded(*seen(there)[:2]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_set_policy_is_for_any_number_of_devices_and_an_mlp_for_one(tmp_path: Path) -> None:
+    kinds: tuple[NetworkKind, ...] = ("set", "mlp")
+    for kind in kinds:
+        save_policy(policy(kind, env()), env(), tmp_path / kind)
+    load_policy(tmp_path / "set", env(num_devices=7))
+    message = "the policy is for another world: its num devices must be 7, got 3"
+    with pytest.raises(CheckpointError, match=message):
+        load_policy(tmp_path / "mlp", env(num_devices=7))
+
+
+def test_a_policy_for_other_rungs_or_choices_is_refused(tmp_path: Path) -> None:
+    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    with pytest.raises(
+        CheckpointError, match="its device branches must be {.*'bandwidth': 4}, got"
+    ):
+        load_policy(tmp_path / "policy", env(bandwidth="branch"))
+    record = json.loads((tmp_path / "policy" / "policy.json").read_text())
+    renamed = json.dumps(record).replace("holds large", "holds huge")
+    (tmp_path / "policy" / "policy.json").write_text(renamed)
+    with pytest.raises(CheckpointError, match="its device features must be .*holds large.*huge"):
+        load_policy(tmp_path / "policy", env())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("policy.json", None, "cannot read policy .*No such file"),
+        ("policy.json", "{", "cannot read policy"),
+        ("policy.json", "[]", "cannot read policy"),
+        ("policy.json", '{"schema": 2, "network": "set"}', "must have schema 1 and a network of"),
+        ("policy.safetensors", None, "cannot read policy"),
+        ("policy.safetensors", "x" * 99, "cannot read policy"),
+    ],
+)
+def test_a_damaged_policy_is_refused(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    (tmp_path / "policy" / name).unlink()
+    if content is not None:
+        (tmp_path / "policy" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_policy(tmp_path / "policy", env())
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    weights = load_file(tmp_path / "policy" / "policy.safetensors")
+    name = "value_head.weight"
+    save_file({**weights, name: weights[name][:, :3]}, tmp_path / "policy" / "policy.safetensors")
+    with pytest.raises(CheckpointError, match="is damaged: .*size mismatch for value_head.weight"):
+        load_policy(tmp_path / "policy", env())
 
 
 def test_features_are_normalised_by_what_was_seen() -> None:

@@ -26,6 +26,23 @@ Array = np.ndarray
 Observation = dict[str, Array]
 _COSTS = ("seconds", "joules", "bytes")
 _REFERENCE_WORLDS = 2000
+_DEVICE_FEATURES = (
+    "snr_down",
+    "snr_up",
+    "flops_per_s",
+    "free_memory",
+    "battery",
+    "examples",
+    "idle_rounds",
+    "last_loss_over_loss",
+    "present",
+)
+_WORLD_FEATURES = (
+    "round",
+    "progress",
+    "staleness",
+    *(f"{name}_left" for name in _COSTS),
+)
 _FARTHEST = 10.0
 """Bound of each feature of an observation; all are of order 1."""
 
@@ -268,6 +285,19 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
             server_steps=server["server_steps"],
             realigns=server.get("realigns", np.zeros(len(actions))) == 1,
         )
+
+    @property
+    def features(self) -> dict[str, list[str]]:
+        """Names of the features of a device and of the world, in order."""
+        rungs = [rung.name for rung in self._workload.rungs]
+        return {
+            "devices": [
+                *_DEVICE_FEATURES,
+                *(f"holds {name}" for name in ("nothing", *rungs)),
+                *(f"could hold {name}" for name in rungs),
+            ],
+            "world": list(_WORLD_FEATURES),
+        }
 
     def _branches(self) -> Branches:
         settings = self.settings

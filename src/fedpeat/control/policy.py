@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpeat.control.federation_env import Branches
+from fedpeat.control.federation_env import Branches, FederationVectorEnv
+from fedpeat.core.errors import CheckpointError
+from fedpeat.core.run_folder import replace_folder
 
-__all__ = ["MlpPolicy", "NetworkKind", "Policy", "SetPolicy", "choose", "make_policy"]
+__all__ = [
+    "MlpPolicy",
+    "NetworkKind",
+    "Policy",
+    "SetPolicy",
+    "check_fits",
+    "choose",
+    "load_policy",
+    "make_policy",
+    "save_policy",
+]
 
 NetworkKind = Literal["set", "mlp"]
 _NEVER = -1e9
+_SCHEMA = 1
+_WEIGHTS, _RECORD = "policy.safetensors", "policy.json"
 
 
 class Policy(nn.Module):
@@ -185,12 +204,85 @@ class MlpPolicy(Policy):
         return per_device, self.server_head(seen), self.value_head(seen).squeeze(-1)
 
 
-def make_policy(
-    kind: NetworkKind, num_device_features: int, num_world_features: int, branches: Branches
-) -> Policy:
-    """Return a fresh policy."""
+def make_policy(kind: NetworkKind, env: FederationVectorEnv) -> Policy:
+    """Return a fresh policy for what an environment shows and lets choose."""
+    return _made(kind, env.features, env.branches)
+
+
+def _made(kind: NetworkKind, features: Mapping[str, Sequence[str]], branches: Branches) -> Policy:
     made = {"set": SetPolicy, "mlp": MlpPolicy}[kind]
-    return made(num_device_features, num_world_features, branches)
+    return made(len(features["devices"]), len(features["world"]), branches)
+
+
+def save_policy(policy: Policy, env: FederationVectorEnv, folder: Path) -> None:
+    """Write weights and what the policy is for: features and branches, by name.
+
+    Args:
+        policy: The policy.
+        env: What it was trained in.
+        folder: Where to; what is there is replaced.
+    """
+    record = {"schema": _SCHEMA, **_fitting(policy, env)}
+    with replace_folder(folder) as temporary:
+        save_file(policy.state_dict(), temporary / _WEIGHTS)
+        (temporary / _RECORD).write_text(json.dumps(record, indent=2))
+
+
+def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
+    """Read a policy that ``save_policy`` wrote.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or made for other features or branches.
+    """
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+        kind, schema = record["network"], record["schema"]
+        if schema != _SCHEMA or kind not in get_args(NetworkKind):
+            raise CheckpointError(
+                f"policy {folder} must have schema {_SCHEMA} and a network of "
+                f"{', '.join(get_args(NetworkKind))}, got {schema!r} and {kind!r}"
+            )
+        weights = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read policy {folder}: {error}") from error
+    policy = make_policy(kind, env)
+    check_fits(record, policy, env)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"policy {folder} is damaged: {reason}") from error
+    return policy
+
+
+def check_fits(record: Mapping[str, Any], policy: Policy, env: FederationVectorEnv) -> None:
+    """Check that a policy was made for what an environment shows and lets choose.
+
+    Raises:
+        CheckpointError: If not.
+    """
+    wanted = _fitting(policy, env)
+    for name, value in wanted.items():
+        if record.get(name) != value:
+            raise CheckpointError(
+                f"the policy is for another world: its {name.replace('_', ' ')} must be {value}, "
+                f"got {record.get(name)}"
+            )
+
+
+def _fitting(policy: Policy, env: FederationVectorEnv) -> dict[str, Any]:
+    """Return what a policy and its world must agree on."""
+    fixed = isinstance(policy, MlpPolicy)
+    return {
+        "network": "mlp" if fixed else "set",
+        "device_features": env.features["devices"],
+        "world_features": env.features["world"],
+        "device_branches": dict(env.branches.device),
+        "server_branches": dict(env.branches.server),
+        "num_devices": env.branches.num_devices if fixed else None,
+    }
 
 
 def choose(

@@ -117,9 +117,7 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
     obs, _ = env.reset(seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        policy = make_policy(
-            settings.network, obs["devices"].shape[-1], obs["world"].shape[-1], env.branches
-        )
+        policy = make_policy(settings.network, env)
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate, eps=1e-5)
     batch_size = env.num_envs * settings.num_steps
     num_updates = max(1, settings.total_steps // batch_size)
