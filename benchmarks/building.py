@@ -34,7 +34,7 @@ from fedpeat.model.loading import load_model
 from fedpeat.tuning.evaluation import evaluate
 
 VOCAB, BLOCK_SIZE, NUM_LAYERS = 1024, 64, 12
-RECIPES = ["layer_drop:0.5", "greedy:0.5+distill:4096", "low_rank:0.5", "int8", "int4"]
+RECIPES = ["layer_drop:0.5", "greedy:0.5+distill:4096", "width:0.5", "int8", "int4"]
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from fedpeat.adapter.tunable import Tunable, attach, attached, read_adapter
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, SplitError
 from fedpeat.emulator.few_bits import store_in_few_bits
-from fedpeat.emulator.low_rank import factorise
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import load_model
@@ -255,7 +254,6 @@ def test_merged_model_gives_the_plug_ins_logits(method: str) -> None:
 def test_an_adapter_comes_off_layers_that_compute_their_weights(method: str) -> None:
     model, ids = tiny_model("llama"), random_ids()
     blocks = find_blocks(model)
-    factorise(model, blocks, [2], 0.5, [{"input_ids": ids, "labels": ids}])
     store_in_few_bits(model, "int8")
     before, layers = model(input_ids=ids).logits, [type(m) for m in model.modules()]
     with attached(model, blocks, [1, 2], METHODS[method]) as tunable:

@@ -1,4 +1,4 @@
-"""Emulators with factored layers and with weights in few bits."""
+"""Emulators with narrower layers and with weights in few bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import nn
 
 from fedpeat.adapter.tunable import attach
 from fedpeat.config.schema import AdapterConfig
@@ -21,20 +21,18 @@ from fedpeat.core.wire import decode, encode
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.heads import leave_out_heads
-from fedpeat.emulator.low_rank import factorise, whitened_factors
 from fedpeat.emulator.narrowing import Narrowed
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.width import leave_out_neurons
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
-from fedpeat.model.layers import LayerKind, LayerSpec, LowRankLinear, num_parameters
+from fedpeat.model.layers import LayerKind, LayerSpec, num_parameters
 from tiny import CONFIGS, random_ids, tiny_model
 
 CPU = torch.device("cpu")
 KEPT = (0, 2, 3, 5)
 MIDDLE = (1, 2)
-MAKERS: Mapping[str, Callable[..., list[LayerSpec] | Narrowed]] = {
-    "low_rank": factorise,
+MAKERS: Mapping[str, Callable[..., Narrowed]] = {
     "width": leave_out_neurons,
     "heads": leave_out_heads,
 }
@@ -53,7 +51,7 @@ def small(kind: str, *steps: str) -> tuple[Any, list[LayerSpec]]:
     for step in steps:
         if step in MAKERS:
             done = MAKERS[step](student, blocks.select(KEPT), MIDDLE, 0.5, calibration())
-            specs += done.layers if isinstance(done, Narrowed) else done
+            specs += done.layers
         else:
             specs += store_in_few_bits(student, "int8" if step == "int8" else "int4")
     return student, specs
@@ -75,12 +73,11 @@ def packed(kind: str, *steps: str, dtype: torch.dtype = torch.float32) -> Emulat
 
 
 RECIPES = [
-    ("low_rank",),
     ("width",),
     ("heads",),
     ("int8",),
     ("int4",),
-    ("width", "heads", "low_rank", "int4"),
+    ("width", "heads", "int4"),
 ]
 
 
@@ -96,9 +93,7 @@ def test_a_holder_computes_what_was_packed(kind: str, steps: tuple[str, ...]) ->
     assert torch.equal(built(input_ids=ids).logits, student(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize(
-    "steps", [("low_rank",), ("int8",), ("int4",), ("low_rank", "int4")], ids="+".join
-)
+@pytest.mark.parametrize("steps", [("int8",), ("int4",)], ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_adapter_on_top_trains_and_plugs_into_the_full_model(
     kind: str, steps: tuple[str, ...]
@@ -184,61 +179,6 @@ def test_positions_with_an_offset_keep_it() -> None:
     student, _ = small("opt", "int8")
     got = student.model.decoder.embed_positions(torch.ones(1, 5, dtype=torch.long))
     torch.testing.assert_close(got, want, atol=0.01, rtol=0.01)
-
-
-def test_whitening_keeps_the_directions_that_inputs_have() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(500, 12, generator=generator) @ torch.diag(2.0 ** -torch.arange(12))
-    weight = torch.randn(8, 12, generator=generator)
-
-    def error(moment: Tensor) -> float:
-        up, down = whitened_factors(weight, moment, 4)
-        return float((inputs @ (weight - up @ down).T).norm())
-
-    assert error(inputs.T @ inputs / 500) < 0.5 * error(torch.eye(12))
-
-
-def test_a_moment_that_rounding_left_below_zero_whitens_all_the_same() -> None:
-    moment = torch.ones(40, 40)  # of one input, all ones
-    moment[0, 0] -= 1e-4
-    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
-    up, down = whitened_factors(weight, moment, 2)
-    torch.testing.assert_close((up @ down).sum(1), weight.sum(1), rtol=1e-2, atol=1e-2)
-
-
-def test_factors_of_full_rank_are_the_matrix() -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    up, down = whitened_factors(weight, torch.eye(9) * 3, 6)
-    torch.testing.assert_close(up @ down, weight)
-
-
-def test_a_layer_that_is_never_called_is_factored_without_whitening() -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    up, down = whitened_factors(weight, torch.zeros(9, 9), 6)
-    torch.testing.assert_close(up @ down, weight)
-
-
-def test_only_the_middle_is_factored_and_to_the_share_asked_for() -> None:
-    student, specs = small("llama", "low_rank")
-    factored = {n for n, m in student.named_modules() if isinstance(m, LowRankLinear)}
-    assert factored == {spec.name for spec in specs}
-    assert {name.split(".")[2] for name in factored} == {"1", "2"}
-    full = tiny_model("llama").get_parameter("model.layers.2.mlp.up_proj.weight")
-    layer = student.model.layers[1].mlp.up_proj
-    kept = layer.up.weight.numel() + layer.down.weight.numel()
-    assert 0.45 * full.numel() < kept <= 0.5 * full.numel()
-
-
-def test_low_rank_without_text_is_refused() -> None:
-    model = tiny_model("llama")
-    with pytest.raises(EmulatorError, match="low_rank looks at text .* data.server_ratio"):
-        factorise(model, find_blocks(model), [1], 0.5, [])
-
-
-def test_low_rank_of_blocks_without_linear_layers_is_refused() -> None:
-    model = nn.Sequential(*[nn.Sequential(nn.Conv1d(2, 2, 1)) for _ in range(4)])
-    with pytest.raises(EmulatorError, match="finds no linear layer in the 1 kept blocks"):
-        factorise(model, find_blocks(model, "0"), [0], 0.5, [{"input": torch.zeros(1, 2, 3)}])
 
 
 def test_int4_of_rows_of_odd_length_is_refused() -> None:

@@ -46,7 +46,7 @@ def make(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Make:
         "layer_drop:0.5",
         "greedy:0.5+distill:512",
         "width:0.5+distill:512+int8",
-        "heads:0.5+low_rank:0.5",
+        "heads:0.5+width:0.5",
         "int4",
     ],
 )

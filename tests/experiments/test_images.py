@@ -31,7 +31,7 @@ from outcomes import EVERYTHING_ON, assert_same, folder_of, lines_of, result_of
 from tiny import CLASSES, tiny_image_settings, tiny_settings
 
 LONGER: dict[str, Any] = {"federated": {"num_rounds": 6}, "local": {"local_steps": 6}}
-RECIPE = "greedy:0.5+low_rank:0.6+distill:64+int8"
+RECIPE = "greedy:0.5+width:0.6+distill:64+int8"
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ DISTILLED: dict[str, Any] = {
 }
 COMPACT: dict[str, Any] = {
     "emulator": {
-        "recipe": "layer_drop:0.75+low_rank:0.5+distill:256+int8",
+        "recipe": "layer_drop:0.75+width:0.5+distill:256+int8",
         "distill_batch_size": 4,
     }
 }

@@ -34,7 +34,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "ends": {},
     "all": {"adapter": {"placement": "all"}},
     "whole blocks": {"method": "fed_eat"},
-    "few bits": {"emulator": {"recipe": "layer_drop:0.75+low_rank:0.5+int8"}},
+    "few bits": {"emulator": {"recipe": "layer_drop:0.75+width:0.5+int8"}},
     "prompt": {"adapter": {"method": "prompt", "num_virtual_tokens": 4}},
 }
 

@@ -155,10 +155,10 @@ def test_every_adapter_and_placement_survives_the_trip_to_disk(
     ("recipe", "placement"),
     [
         ("int8", "all"),
-        ("low_rank:0.5+int4", "all"),
+        ("width:0.5+int4", "all"),
         ("greedy:0.5+width:0.5+distill:640+int8", "ends"),
         ("layer_drop:0.5+width:0.5+heads:0.5+distill:640+int8", "all"),
-        ("width:0.5+width:0.5+heads:0.5+low_rank:0.5", "all"),
+        ("width:0.5+width:0.5+heads:0.5", "all"),
     ],
 )
 def test_a_federation_runs_on_every_kind_of_emulator(

@@ -47,9 +47,6 @@ STEPS: Mapping[str, StepKind] = {
     "heads": StepKind(
         1, "ratio", "keep this share of the attention heads of the kept middle blocks"
     ),
-    "low_rank": StepKind(
-        1, "ratio", "factor the linear layers of the kept middle blocks, keep this share of weights"
-    ),
     "distill": StepKind(2, "tokens", "train the kept middle blocks to stand in for all"),
     "int8": StepKind(3, "none", "store matrices in 8 bits"),
     "int4": StepKind(3, "none", "store matrices in 4 bits"),

@@ -183,7 +183,7 @@ class EmulatorConfig:
     """How it is made: steps joined by "+". First which share of the frozen middle blocks is kept
     (with placement "all": of all blocks): layer_drop, influence, greedy or cka and a
     ratio in (0, 1], or full for every block; then width or heads and the share of the neurons or
-    attention heads to keep, or low_rank and that of each matrix's weights; then distill:TOKENS of
+    attention heads to keep; then distill:TOKENS of
     the server's own text (each of its images counts as one); then int8 or int4. For example
     greedy:0.5+distill:200000+int8."""
     lower_rungs: tuple[float, ...] = ()
@@ -192,8 +192,8 @@ class EmulatorConfig:
     the devices; the blocks of a rung are among those of the one above it. The recipe's other steps
     hold for every rung; distill trains all of them on the same tokens."""
     calibration_tokens: int = 16384
-    """Tokens of the server's own text, or images, that a choice of blocks, and low_rank, look
-    at."""
+    """Tokens of the server's own text, or images, that a choice of blocks, width and
+    heads look at."""
     dtype: DType = "auto"
     """Type in which the emulator is stored and sent; auto takes the type of the model's own
     file."""

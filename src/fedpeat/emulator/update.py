@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.parts import Tensors
 from fedpeat.model.blocks import Blocks
-from fedpeat.model.layers import FewBits, LowRankLinear, is_plain_linear
+from fedpeat.model.layers import FewBits, is_plain_linear
 
 __all__ = ["UPDATE", "add_update", "fresh_update"]
 
@@ -108,10 +108,6 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         rows, columns = few_bits.shape if isinstance(few_bits, FewBits) else module.weight.shape
         return int(rows), int(columns)
-    if isinstance(module, nn.Linear) and (
-        isinstance(few_bits, FewBits)
-        or isinstance(module, LowRankLinear)
-        or is_plain_linear(module)
-    ):
+    if isinstance(module, nn.Linear) and (isinstance(few_bits, FewBits) or is_plain_linear(module)):
         return module.in_features, module.out_features
     return None

@@ -92,7 +92,7 @@ def leave_out_neurons(
     if not done.layers:
         raise EmulatorError(
             f"emulator.recipe width finds no neurons in the {len(indices)} kept blocks of "
-            f"{type(model).__name__}; low_rank or dropping blocks would work"
+            f"{type(model).__name__}; dropping blocks would work"
         )
     return done
 

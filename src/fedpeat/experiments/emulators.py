@@ -17,7 +17,6 @@ from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.calibration import Batch
 from fedpeat.emulator.few_bits import store_in_few_bits
 from fedpeat.emulator.heads import leave_out_heads
-from fedpeat.emulator.low_rank import factorise
 from fedpeat.emulator.narrowing import Narrowed, through
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.selection import choose_rungs
@@ -271,11 +270,6 @@ def distill_settings(config: EmulatorConfig, num_tokens: int) -> DistillSettings
     )
 
 
-def _low_rank(piece: _Workpiece, step: Step) -> list[LayerSpec]:
-    ladder = piece.ladder
-    return factorise(ladder.student, ladder.own, ladder.middle, step.value, piece.batches)
-
-
 def _width(piece: _Workpiece, step: Step) -> list[LayerSpec]:
     return _narrow(piece, step, leave_out_neurons)
 
@@ -300,7 +294,6 @@ def _few_bits(piece: _Workpiece, step: Step) -> list[LayerSpec]:
 STEPS: Mapping[str, Callable[[_Workpiece, Step], list[LayerSpec]]] = {
     "width": _width,
     "heads": _heads,
-    "low_rank": _low_rank,
     "distill": _distill,
     "int8": _few_bits,
     "int4": _few_bits,

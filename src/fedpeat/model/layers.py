@@ -1,4 +1,4 @@
-"""Layers that take less room: matrices as a product of two, or in few bits.
+"""Layers that take less room: matrices with fewer rows or columns, or in few bits.
 
 A layer is described by a ``LayerSpec``, so that a device can build the empty layer before its
 weights arrive.
@@ -24,7 +24,6 @@ __all__ = [
     "Kept",
     "LayerKind",
     "LayerSpec",
-    "LowRankLinear",
     "is_plain_linear",
     "make_plain",
     "matrix_of",
@@ -33,7 +32,7 @@ __all__ = [
     "replace_layers",
 ]
 
-LayerKind = Literal["low_rank", "fewer_outputs", "fewer_inputs", "size", "int8", "int4"]
+LayerKind = Literal["fewer_outputs", "fewer_inputs", "size", "int8", "int4"]
 Kept = Mapping[str, tuple[int, ...]]
 """Rows (NAME.rows) and columns (NAME.columns) that are left of larger layers, rising."""
 SIZES = frozenset(
@@ -63,8 +62,8 @@ class LayerSpec:
         name: Dotted name in the emulator; of kind "size", that of an attribute of a module, one of
             ``SIZES``.
         kind: What it is instead.
-        size: Rank of a low-rank layer; outputs or inputs that are left of one with fewer; value of
-            an attribute; weights that share a scale in one of few bits.
+        size: Outputs or inputs that are left of a layer with fewer; value of an attribute; weights
+            that share a scale in a layer in few bits.
     """
 
     name: str
@@ -82,37 +81,6 @@ def matrix_of(layer: nn.Module) -> Tensor:
     """Return the weights of a linear layer (outer, inner), whichever way round it stores them."""
     weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight
-
-
-class LowRankLinear(nn.Linear):
-    """A linear layer whose matrix is a product: first ``down``, then ``up``.
-
-    Args:
-        in_features: Width of what comes in.
-        out_features: Width of what goes out.
-        rank: Width between the two.
-        bias: Whether there is one; it is that of ``up``.
-        like: Tensor whose type and device the weights get.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor
-    ) -> None:
-        nn.Module.__init__(self)  # a whole matrix is never made
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        self.down = nn.Linear(in_features, rank, bias=False, **place)
-        self.up = nn.Linear(rank, out_features, bias=bias, **place)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Return the matrix that the two amount to (out, in)."""
-        return self.up.weight @ self.down.weight
-
-    def forward(self, input: Float[Tensor, "... inner"]) -> Float[Tensor, "... outer"]:  # noqa: A002 - as PyTorch names it
-        """Return ``up(down(input))``."""
-        result: Tensor = self.up(self.down(input))
-        return result
 
 
 class FewBits(nn.Module):
@@ -312,11 +280,6 @@ def _tied_to(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return tied
 
 
-def _low_rank(layer: Any, rank: int) -> nn.Module:
-    outputs, inputs = matrix_of(layer).shape
-    return LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None, like=layer.weight)
-
-
 def _fewer_outputs(layer: Any, number: int) -> nn.Module:
     return _resized(layer, number, matrix_of(layer).shape[1])
 
@@ -336,7 +299,6 @@ def _resized(layer: Any, outputs: int, inputs: int) -> nn.Module:
 
 
 _SMALLER: Mapping[str, Callable[[Any, int], nn.Module]] = {
-    "low_rank": _low_rank,
     "fewer_outputs": _fewer_outputs,
     "fewer_inputs": _fewer_inputs,
 }
