@@ -18,7 +18,7 @@ from fedpeat.core.errors import WorldError
 from fedpeat.mec.channel import decibels
 from fedpeat.mec.quality import QualityModel, RoundWork
 from fedpeat.mec.workload import WorkloadProfile
-from fedpeat.mec.world import NONE_HELD, Demand, EdgeWorld, RoundCost, WorldSettings
+from fedpeat.mec.world import NONE_HELD, Demand, EdgeWorld, RoundCost, WorldSettings, begun_anew
 
 __all__ = ["Branches", "Choices", "FederationEnv", "FederationVectorEnv", "ProcessSettings"]
 
@@ -146,7 +146,7 @@ class Choices:
     realigns: Bool[np.ndarray, " worlds"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Episode:
     """What an episode of each world remembers."""
 
@@ -181,6 +181,8 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
         WorldError: If world, workload and quality do not fit each other.
     """
 
+    _episode: _Episode
+
     def __init__(
         self,
         world: WorldSettings,
@@ -201,6 +203,7 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
         self.settings = settings
         self.branches = self._branches()
         self._reference = self._reference_costs()
+        self._least_memory_bytes = max(float(workload.of("memory_bytes").min()), 1.0)
         self._weights = np.array([settings.weights.get(name, 0.0) for name in _COSTS])
         self._budgets = np.array([settings.budgets.get(name, np.inf) for name in _COSTS])
         self._begin(seed)
@@ -224,9 +227,7 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
         if seed is not None:
             self._begin(seed)
         else:
-            everywhere = np.ones(self.num_envs, dtype=bool)
-            self.world.reset(everywhere)
-            self._episode = self._new_episode()
+            self._begin_again(np.ones(self.num_envs, dtype=bool))
         return self._observe(), {}
 
     def step(
@@ -320,11 +321,7 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
 
     def _begin_again(self, which: Bool[np.ndarray, " worlds"]) -> None:
         self.world.reset(which)
-        new = self._new_episode()
-        for name, value in vars(new).items():
-            old = getattr(self._episode, name)
-            picked = which.reshape((-1,) + (1,) * (old.ndim - 1))
-            setattr(self._episode, name, np.where(picked, value, old))
+        self._episode = begun_anew(which, self._episode, self._new_episode())
 
     def _new_episode(self) -> _Episode:
         worlds, devices = self.num_envs, self._world_settings.num_devices
@@ -376,13 +373,12 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
 
     def _observe(self) -> Observation:
         world, episode, settings = self.world, self._episode, self.settings
-        smallest = self._workload.of("memory_bytes").min()
         held = world.held[..., None] == np.array([NONE_HELD, *range(self._workload.num_rungs)])
         per_device = [
             decibels(world.snr_down) / 20,
             decibels(world.snr_up) / 20,
             np.log10(world.flops_per_s) - 10,
-            np.log10(world.free_memory_bytes / max(smallest, 1.0)),
+            np.log10(world.free_memory_bytes / self._least_memory_bytes),
             world.battery_ratio,
             np.log(episode.examples / math.sqrt(math.prod(settings.device_examples))),
             np.minimum(episode.idle_rounds, 10) / 10,

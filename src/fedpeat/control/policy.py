@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,6 @@ __all__ = [
     "NetworkKind",
     "Policy",
     "SetPolicy",
-    "check_fits",
     "choose",
     "load_policy",
     "make_policy",
@@ -206,12 +205,8 @@ class MlpPolicy(Policy):
 
 def make_policy(kind: NetworkKind, env: FederationVectorEnv) -> Policy:
     """Return a fresh policy for what an environment shows and lets choose."""
-    return _made(kind, env.features, env.branches)
-
-
-def _made(kind: NetworkKind, features: Mapping[str, Sequence[str]], branches: Branches) -> Policy:
     made = {"set": SetPolicy, "mlp": MlpPolicy}[kind]
-    return made(len(features["devices"]), len(features["world"]), branches)
+    return made(len(env.features["devices"]), len(env.features["world"]), env.branches)
 
 
 def save_policy(policy: Policy, env: FederationVectorEnv, folder: Path) -> None:
@@ -237,18 +232,16 @@ def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
     try:
         record = json.loads((folder / _RECORD).read_text())
         kind, schema = record["network"], record["schema"]
-        if schema != _SCHEMA or kind not in get_args(NetworkKind):
-            raise CheckpointError(
-                f"policy {folder} must have schema {_SCHEMA} and a network of "
-                f"{', '.join(get_args(NetworkKind))}, got {schema!r} and {kind!r}"
-            )
         weights = load_file(folder / _WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"cannot read policy {folder}: {error}") from error
+    if schema != _SCHEMA or kind not in get_args(NetworkKind):
+        raise CheckpointError(
+            f"policy {folder} must have schema {_SCHEMA} and a network of "
+            f"{', '.join(get_args(NetworkKind))}, got {schema!r} and {kind!r}"
+        )
     policy = make_policy(kind, env)
-    check_fits(record, policy, env)
+    _check_fits(record, policy, env)
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
@@ -257,7 +250,7 @@ def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
     return policy
 
 
-def check_fits(record: Mapping[str, Any], policy: Policy, env: FederationVectorEnv) -> None:
+def _check_fits(record: Mapping[str, Any], policy: Policy, env: FederationVectorEnv) -> None:
     """Check that a policy was made for what an environment shows and lets choose.
 
     Raises:

@@ -181,13 +181,13 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
                 advantage = flat_advantages[rows]
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 relevant = _relevant(policy, choices)
-                ratios = [
+                differences = [
                     (new - old[rows]) * own
                     for new, old, own in zip(
                         _taken(chances, choices), flat_log_probs, relevant, strict=True
                     )
                 ]
-                policy_loss, clipped, kl = _clipped_loss(ratios, relevant, advantage, settings)
+                policy_loss, clipped, kl = _clipped_loss(differences, relevant, advantage, settings)
                 value_loss = (value - flat_targets[rows]).square().mean()
                 entropy = _entropy(chances, relevant)
                 loss = policy_loss + settings.vf_coef * value_loss - settings.ent_coef * entropy

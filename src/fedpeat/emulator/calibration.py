@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fedpeat.core.errors import EmulatorError
 from fedpeat.model.layers import matrix_of
 from fedpeat.model.modes import evaluating
 
-__all__ = ["Batch", "highest", "mean_loss_of", "require_text", "second_moments"]
+__all__ = ["Batch", "highest", "mean_loss_of", "require_text", "second_moment"]
 
 Batch = Mapping[str, Tensor]
 """A network's inputs by name, ``labels`` among them, so that its output has a ``loss``."""
@@ -53,39 +53,32 @@ def mean_loss_of(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """Return the mean of x x^T over all inputs x of linear layers; 0 for one that is not called.
+def second_moment(model: nn.Module, layer: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """Return the mean of x x^T over all inputs x of a linear layer; 0 if it is not called.
 
     Args:
         model: The network.
-        layers: Some of its linear layers by name.
+        layer: One of its linear layers.
         batches: Inputs of the network.
 
     Returns:
-        Symmetric matrices (inner, inner) by layer.
+        A symmetric matrix (inner, inner).
     """
-    sums = {}
-    counts = dict.fromkeys(layers, 0)
-    for name, layer in layers.items():
-        matrix = matrix_of(layer)
-        sums[name] = torch.zeros(matrix.shape[1], matrix.shape[1], device=matrix.device)
+    matrix = matrix_of(layer)
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], device=matrix.device)
+    count = 0
 
-    def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            sums[name] += rows.T @ rows
-            counts[name] += rows.shape[0]
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        rows = inputs[0].detach().flatten(0, -2).float()
+        total.add_(rows.T @ rows)
+        count += rows.shape[0]
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
+    handle = layer.register_forward_pre_hook(add)
     try:
         with evaluating(model), torch.inference_mode():
             for batch in batches:
                 model(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total.clone() / max(1, counts[name]) for name, total in sums.items()}
+        handle.remove()
+    return total / max(1, count)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch, require_text, second_moments
+from fedpeat.emulator.calibration import Batch, require_text, second_moment
 from fedpeat.emulator.narrowing import (
     Cut,
     Narrowed,
@@ -95,7 +95,7 @@ def leave_out_heads(
             heads_of(model, blocks, index, short), key=lambda heads: heads.after
         ):
             layer = model.get_submodule(after)
-            moment = second_moments(model, {after: layer}, batches)[after]
+            moment = second_moment(model, layer, batches)
             scores = neuron_scores(matrix_of(layer), moment)
             for heads in choices:
                 number = max(1, int(ratio * heads.number))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.calibration import Batch, require_text, second_moments
+from fedpeat.emulator.calibration import Batch, require_text, second_moment
 from fedpeat.emulator.narrowing import (
     Cut,
     Narrowed,
@@ -80,7 +80,7 @@ def leave_out_neurons(
     for index in indices:
         for neurons in neurons_of(model, blocks, index, short):
             after = model.get_submodule(neurons.after)
-            moment = second_moments(model, {neurons.after: after}, batches)[neurons.after]
+            moment = second_moment(model, after, batches)
             scores = neuron_scores(matrix_of(after), moment)
             kept = (
                 scores.topk(max(2, int(ratio * neurons.number) // 2 * 2))

@@ -7,11 +7,26 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float
 
-__all__ = ["equal_finish_shares", "finish_times_s"]
+__all__ = ["equal_finish_shares", "finish_times_s", "uplink_s"]
 
 Array = np.ndarray
 _OUTER, _INNER = 14, 10
 _LEAST_SHARE, _TINY = 1e-9, 1e-300
+
+
+def uplink_s(
+    shares: Float[Array, "*worlds devices"],
+    up_bits_per_hz: Float[Array, "*worlds devices"],
+    snr: Float[Array, "*worlds devices"],
+) -> Float[Array, "*worlds devices"]:
+    """Return how long each device sends: up / (w log2(1 + snr / w)).
+
+    Args:
+        shares: Share w of the band, in (0, 1].
+        up_bits_per_hz: Bits to send, over the width of the whole band [bit/Hz].
+        snr: Signal-to-noise ratio on the whole band, all power spread over it, linear.
+    """
+    return np.asarray(up_bits_per_hz / (shares * np.log2(1 + snr / shares)))
 
 
 def finish_times_s(
@@ -31,11 +46,10 @@ def finish_times_s(
         shares: Share w of the band, in (0, 1].
         fixed_s: Time that no band shortens: the local steps [s].
         down_s: Downlink time on the whole band [s].
-        up_bits_per_hz: Bits to send, over the width of the whole band [bit/Hz].
-        snr: Signal-to-noise ratio on the whole band, all power spread over it, linear.
+        up_bits_per_hz: As of ``uplink_s``, as is the next.
+        snr: Signal-to-noise ratio on the whole band, linear.
     """
-    rates = shares * np.log2(1 + snr / shares)
-    return np.asarray(fixed_s + down_s / shares + up_bits_per_hz / rates)
+    return np.asarray(fixed_s + down_s / shares + uplink_s(shares, up_bits_per_hz, snr))
 
 
 def equal_finish_shares(
@@ -64,7 +78,7 @@ def equal_finish_shares(
 
     Source:
         Yang et al. (2019), Energy efficient federated learning over wireless communication networks
-        (arXiv:1911.02417), whose minimum-time problem is solved by the same bisection.
+        (arXiv:1911.02417), whose minimum-time problem is solved by bisection.
     """
     used = active & (down_s + up_bits_per_hz > 0)
     fixed, down, up = (np.where(used, part, 0.0) for part in (fixed_s, down_s, up_bits_per_hz))

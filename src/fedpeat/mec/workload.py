@@ -93,6 +93,12 @@ class WorkloadProfile:
             dtype=np.float64,
         )
 
+    @cached_property
+    def fresh_bytes(self) -> Float[np.ndarray, " rungs"]:
+        """Bytes that an alignment sends to a device that holds an emulator, by rung."""
+        refresh = self.refresh_bytes or {}
+        return np.array([refresh.get(rung.name, 0) for rung in self.rungs], dtype=np.float64)
+
     def of(self, attribute: str) -> Float[np.ndarray, " rungs"]:
         """Return an attribute of all rungs."""
         return np.array([getattr(rung, attribute) for rung in self.rungs], dtype=np.float64)

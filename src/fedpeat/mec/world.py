@@ -6,14 +6,15 @@ Many worlds go side by side: arrays are (worlds, devices). Quantities are in SI 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fedpeat.core.errors import WorldError
 from fedpeat.mec import channel
-from fedpeat.mec.allocation import equal_finish_shares
+from fedpeat.mec.allocation import equal_finish_shares, uplink_s
 from fedpeat.mec.constants import (
     BASE_STATION_POWER_W,
     CARRIER_HZ,
@@ -24,9 +25,9 @@ from fedpeat.mec.constants import (
 from fedpeat.mec.devices import KINDS, PRESETS, kinds_of
 from fedpeat.mec.workload import WorkloadProfile
 
-__all__ = ["NONE_HELD", "Demand", "EdgeWorld", "RoundCost", "WorldSettings"]
+__all__ = ["NONE_HELD", "Demand", "EdgeWorld", "RoundCost", "WorldSettings", "begun_anew"]
 
-Array = np.ndarray
+Record = TypeVar("Record")
 Reals = Float[np.ndarray, "worlds devices"]
 Flags = Bool[np.ndarray, "worlds devices"]
 NONE_HELD = -1
@@ -125,7 +126,7 @@ class RoundCost:
     bytes_up: Reals
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
     """What changes from round to round."""
 
@@ -146,16 +147,6 @@ class _Traits:
     clock_hz: Reals
     memory_bytes: Reals
     speed_m_s: Reals
-
-
-@dataclass(frozen=True)
-class _Common:
-    """What a device has from its kind; (devices)."""
-
-    values: dict[str, Float[np.ndarray, " devices"]] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Float[np.ndarray, " devices"]:
-        return self.values[name]
 
 
 class EdgeWorld:
@@ -184,16 +175,12 @@ class EdgeWorld:
         self._rng = rng
         mix = PRESETS[settings.preset]
         kinds = [KINDS[name] for name in mix]
-        self.kind = kinds_of(mix, settings.num_devices)
-        self._common = _Common(
-            {
-                f"{name}{suffix}": np.array([pick(getattr(kind, name)) for kind in kinds])[
-                    self.kind
-                ]
-                for name in kinds[0].__dataclass_fields__
-                for suffix, pick in (("", _low), ("_high", _high))
-            }
-        )
+        kind_of = kinds_of(mix, settings.num_devices)
+        self._common = {  # what a device has from its kind, (devices)
+            f"{name}{suffix}": np.array([pick(getattr(kind, name)) for kind in kinds])[kind_of]
+            for name in kinds[0].__dataclass_fields__
+            for suffix, pick in (("", _low), ("_high", _high))
+        }
         self._rungs = {
             name: workload.of(name)
             for name in ("adapter_down_bytes", "adapter_up_bytes", "step_flops", "memory_bytes")
@@ -280,17 +267,8 @@ class EdgeWorld:
     def reset(self, which: Bool[np.ndarray, " worlds"]) -> None:
         """Begin some of the worlds anew, with other devices of the same kinds."""
         traits, state = self._drawn()
-
-        def chosen(new: Array, old: Array) -> Array:
-            picked = which.reshape((-1,) + (1,) * (old.ndim - 1))
-            return np.where(picked, new, old)
-
-        self._traits = _Traits(
-            **{n: chosen(v, getattr(self._traits, n)) for n, v in vars(traits).items()}
-        )
-        self._state = _State(
-            **{n: chosen(v, getattr(self._state, n)) for n, v in vars(state).items()}
-        )
+        self._traits = begun_anew(which, self._traits, traits)
+        self._state = begun_anew(which, self._state, state)
         self._snr = self._received()
 
     def _drawn(self) -> tuple[_Traits, _State]:
@@ -351,7 +329,7 @@ class EdgeWorld:
         else:
             share = np.where(active, demand.share, 0.0)
         safe = np.where(share > 0, share, 1.0)
-        up_s = up_bits_per_hz / (safe * np.log2(1 + snr / safe))
+        up_s = uplink_s(safe, up_bits_per_hz, snr)
         finish = down_s / safe + compute_s + up_s
         realign_s = demand.realigns * self.workload.realign_flops / settings.server_flops_per_s
         server_s = (
@@ -383,10 +361,8 @@ class EdgeWorld:
     def _exchanged(self, demand: Demand) -> Reals:
         """Return the bytes of emulator that each device lacks."""
         lacking = self.workload.exchange_bytes[self._state.held, demand.rung]
-        refresh = self.workload.refresh_bytes or {}
-        fresh = np.array([refresh.get(rung.name, 0) for rung in self.workload.rungs], dtype=float)
         aligned = demand.realigns[:, None] & (self._state.held != NONE_HELD)
-        return np.asarray(lacking + np.where(aligned, fresh[demand.rung], 0.0))
+        return np.asarray(lacking + np.where(aligned, self.workload.fresh_bytes[demand.rung], 0.0))
 
     def _go_on(self, demand: Demand, cost: RoundCost) -> None:
         """Move devices and what is about them through the time that a round took."""
@@ -418,6 +394,15 @@ class EdgeWorld:
             held=np.where(demand.takes_part, demand.rung, state.held),
         )
         self._snr = self._received()
+
+
+def begun_anew(which: Bool[np.ndarray, " worlds"], old: Record, new: Record) -> Record:
+    """Return a dataclass of arrays (worlds, ...) that is the new one in some of the worlds."""
+    picked = {
+        name: np.where(which.reshape((-1,) + (1,) * (array.ndim - 1)), vars(new)[name], array)
+        for name, array in vars(old).items()
+    }
+    return type(old)(**picked)
 
 
 def _low(value: float | tuple[float, float]) -> float:
