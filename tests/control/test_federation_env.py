@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from fedpeat.control.federation_env import FederationEnv, FederationVectorEnv, ProcessSettings
+from fedpeat.control.federation_env import FederationEnv, FederationVectorEnv
+from fedpeat.control.process import ProcessSettings
 from fedpeat.core.errors import WorldError
 from fedpeat.mec.quality import QualityModel, RoundWork
 from fedpeat.mec.world import WorldSettings
@@ -99,7 +100,7 @@ def test_the_mask_is_what_the_devices_can_hold() -> None:
     obs, _ = env.reset(seed=1)
     for _ in range(3):
         obs, *_ = env.step(action(env, takes_part=1, rung=2))
-    feasible = env.world.feasible
+    feasible = env.process.world.feasible
     width = sum(env.branches.device.values())
     masks = obs["mask"][:, : DEVICES * width].reshape(50, DEVICES, width)
     able = feasible.any(-1)
@@ -116,7 +117,7 @@ def test_the_mask_is_what_the_devices_can_hold() -> None:
 def test_a_device_asked_for_what_it_cannot_hold_sits_out() -> None:
     env = many(20, preset="iot")
     env.reset(seed=0)
-    able = env.world.feasible[..., 0]
+    able = env.process.world.feasible[..., 0]
     assert (~able).any()
     _, _, _, _, info = env.step(action(env, takes_part=1, rung=0))
     expected = able.sum(-1) * (6_000_000 + 300_000 + 270_000)
@@ -128,7 +129,7 @@ def test_an_action_is_read_branch_by_branch() -> None:
     flat = action(env)
     flat[0, :8] = [1, 2, 3, 1, 0, 1, 2, 3]
     flat[0, -2:] = [2, 1]
-    choices = env.read(flat)
+    choices = env.process.read(flat)
     assert choices.takes_part[0, :2].tolist() == [True, False]
     assert choices.rung[0, :2].tolist() == [2, 1]
     assert choices.local_steps[0, :2].tolist() == [3, 2]
@@ -263,9 +264,9 @@ def test_every_feature_has_a_name() -> None:
     env = many(2)
     obs, _ = env.reset(seed=0)
     assert {name: obs[name].shape[-1] for name in ("devices", "world")} == {
-        name: len(names) for name, names in env.features.items()
+        name: len(names) for name, names in env.process.features.items()
     }
-    held = [i for i, name in enumerate(env.features["devices"]) if name == "holds nothing"]
+    held = [i for i, name in enumerate(env.process.features["devices"]) if name == "holds nothing"]
     assert (obs["devices"][..., held] == 1).all()
 
 

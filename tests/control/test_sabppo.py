@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpeat.control.federation_env import FederationVectorEnv, ProcessSettings
+from fedpeat.control.federation_env import FederationVectorEnv
 from fedpeat.control.policy import (
     MlpPolicy,
     NetworkKind,
@@ -24,6 +24,7 @@ from fedpeat.control.policy import (
     make_policy,
     save_policy,
 )
+from fedpeat.control.process import ProcessSettings
 from fedpeat.control.sabppo import (
     Progress,
     SabppoSettings,
@@ -54,7 +55,7 @@ def seen(there: FederationVectorEnv, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 
 def policy(kind: NetworkKind, there: FederationVectorEnv) -> Policy:
     """Return a policy with preferences, unlike a fresh one."""
-    made = make_policy(kind, there)
+    made = make_policy(kind, there.process)
     torch.manual_seed(0)
     for parameter in made.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -108,7 +109,7 @@ def test_an_action_says_what_was_chosen() -> None:
     made = policy("set", there)
     choices = [torch.randint(0, n, (2, 3)) for n in there.branches.device.values()]
     choices += [torch.randint(0, n, (2, 1)) for n in there.branches.server.values()]
-    read = there.read(made.action(choices).numpy())
+    read = there.process.read(made.action(choices).numpy())
     assert (read.takes_part == (choices[0].numpy() == 1)).all()
     assert (read.rung == choices[1].numpy()).all()
     assert (read.local_steps == choices[2].numpy()).all()
@@ -121,8 +122,8 @@ def test_a_policy_that_was_saved_does_the_same(kind: NetworkKind, tmp_path: Path
     there = env()
     made = policy(kind, there)
     made.see(*seen(there)[:2])
-    save_policy(made, there, tmp_path / "policy")
-    loaded = load_policy(tmp_path / "policy", there)
+    save_policy(made, there.process, tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy", there.process)
     for one, other in zip(made(*seen(there)[:2]), loaded(*seen(there)[:2]), strict=True):
         assert torch.equal(one, other)
 
@@ -130,24 +131,24 @@ def test_a_policy_that_was_saved_does_the_same(kind: NetworkKind, tmp_path: Path
 def test_a_set_policy_is_for_any_number_of_devices_and_an_mlp_for_one(tmp_path: Path) -> None:
     kinds: tuple[NetworkKind, ...] = ("set", "mlp")
     for kind in kinds:
-        save_policy(policy(kind, env()), env(), tmp_path / kind)
-    load_policy(tmp_path / "set", env(num_devices=7))
+        save_policy(policy(kind, env()), env().process, tmp_path / kind)
+    load_policy(tmp_path / "set", env(num_devices=7).process)
     message = "the policy is for another world: its num devices must be 7, got 3"
     with pytest.raises(CheckpointError, match=message):
-        load_policy(tmp_path / "mlp", env(num_devices=7))
+        load_policy(tmp_path / "mlp", env(num_devices=7).process)
 
 
 def test_a_policy_for_other_rungs_or_choices_is_refused(tmp_path: Path) -> None:
-    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    save_policy(policy("set", env()), env().process, tmp_path / "policy")
     with pytest.raises(
         CheckpointError, match="its device branches must be {.*'bandwidth': 4}, got"
     ):
-        load_policy(tmp_path / "policy", env(bandwidth="branch"))
+        load_policy(tmp_path / "policy", env(bandwidth="branch").process)
     record = json.loads((tmp_path / "policy" / "policy.json").read_text())
     renamed = json.dumps(record).replace("holds large", "holds huge")
     (tmp_path / "policy" / "policy.json").write_text(renamed)
     with pytest.raises(CheckpointError, match="its device features must be .*holds large.*huge"):
-        load_policy(tmp_path / "policy", env())
+        load_policy(tmp_path / "policy", env().process)
 
 
 @pytest.mark.parametrize(
@@ -164,21 +165,21 @@ def test_a_policy_for_other_rungs_or_choices_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_policy_is_refused(
     name: str, content: str | None, message: str, tmp_path: Path
 ) -> None:
-    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    save_policy(policy("set", env()), env().process, tmp_path / "policy")
     (tmp_path / "policy" / name).unlink()
     if content is not None:
         (tmp_path / "policy" / name).write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        load_policy(tmp_path / "policy", env())
+        load_policy(tmp_path / "policy", env().process)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    save_policy(policy("set", env()), env(), tmp_path / "policy")
+    save_policy(policy("set", env()), env().process, tmp_path / "policy")
     weights = load_file(tmp_path / "policy" / "policy.safetensors")
     name = "value_head.weight"
     save_file({**weights, name: weights[name][:, :3]}, tmp_path / "policy" / "policy.safetensors")
     with pytest.raises(CheckpointError, match="is damaged: .*size mismatch for value_head.weight"):
-        load_policy(tmp_path / "policy", env())
+        load_policy(tmp_path / "policy", env().process)
 
 
 def test_features_are_normalised_by_what_was_seen() -> None:

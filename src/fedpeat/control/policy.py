@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpeat.control.federation_env import Branches, FederationVectorEnv
+from fedpeat.control.process import Branches, FederationProcess
 from fedpeat.core.errors import CheckpointError
 from fedpeat.core.run_folder import replace_folder
 
@@ -203,27 +203,27 @@ class MlpPolicy(Policy):
         return per_device, self.server_head(seen), self.value_head(seen).squeeze(-1)
 
 
-def make_policy(kind: NetworkKind, env: FederationVectorEnv) -> Policy:
+def make_policy(kind: NetworkKind, process: FederationProcess) -> Policy:
     """Return a fresh policy for what an environment shows and lets choose."""
     made = {"set": SetPolicy, "mlp": MlpPolicy}[kind]
-    return made(len(env.features["devices"]), len(env.features["world"]), env.branches)
+    return made(len(process.features["devices"]), len(process.features["world"]), process.branches)
 
 
-def save_policy(policy: Policy, env: FederationVectorEnv, folder: Path) -> None:
+def save_policy(policy: Policy, process: FederationProcess, folder: Path) -> None:
     """Write weights and what the policy is for: features and branches, by name.
 
     Args:
         policy: The policy.
-        env: What it was trained in.
+        process: What it was trained in.
         folder: Where to; what is there is replaced.
     """
-    record = {"schema": _SCHEMA, **_fitting(policy, env)}
+    record = {"schema": _SCHEMA, **_fitting(policy, process)}
     with replace_folder(folder) as temporary:
         save_file(policy.state_dict(), temporary / _WEIGHTS)
         (temporary / _RECORD).write_text(json.dumps(record, indent=2))
 
 
-def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
+def load_policy(folder: Path, process: FederationProcess) -> Policy:
     """Read a policy that ``save_policy`` wrote.
 
     Raises:
@@ -240,8 +240,8 @@ def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
             f"policy {folder} must have schema {_SCHEMA} and a network of "
             f"{', '.join(get_args(NetworkKind))}, got {schema!r} and {kind!r}"
         )
-    policy = make_policy(kind, env)
-    _check_fits(record, policy, env)
+    policy = make_policy(kind, process)
+    _check_fits(record, policy, process)
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
@@ -250,13 +250,13 @@ def load_policy(folder: Path, env: FederationVectorEnv) -> Policy:
     return policy
 
 
-def _check_fits(record: Mapping[str, Any], policy: Policy, env: FederationVectorEnv) -> None:
+def _check_fits(record: Mapping[str, Any], policy: Policy, process: FederationProcess) -> None:
     """Check that a policy was made for what an environment shows and lets choose.
 
     Raises:
         CheckpointError: If not.
     """
-    wanted = _fitting(policy, env)
+    wanted = _fitting(policy, process)
     for name, value in wanted.items():
         if record.get(name) != value:
             raise CheckpointError(
@@ -265,16 +265,16 @@ def _check_fits(record: Mapping[str, Any], policy: Policy, env: FederationVector
             )
 
 
-def _fitting(policy: Policy, env: FederationVectorEnv) -> dict[str, Any]:
+def _fitting(policy: Policy, process: FederationProcess) -> dict[str, Any]:
     """Return what a policy and its world must agree on."""
     fixed = isinstance(policy, MlpPolicy)
     return {
         "network": "mlp" if fixed else "set",
-        "device_features": env.features["devices"],
-        "world_features": env.features["world"],
-        "device_branches": dict(env.branches.device),
-        "server_branches": dict(env.branches.server),
-        "num_devices": env.branches.num_devices if fixed else None,
+        "device_features": process.features["devices"],
+        "world_features": process.features["world"],
+        "device_branches": dict(process.branches.device),
+        "server_branches": dict(process.branches.server),
+        "num_devices": process.branches.num_devices if fixed else None,
     }
 
 

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedpeat.control.federation_env import FederationVectorEnv, Observation
+from fedpeat.control.federation_env import FederationVectorEnv
 from fedpeat.control.policy import NetworkKind, Policy, choose, make_policy
+from fedpeat.control.process import Observation
 from fedpeat.core.errors import ConfigError
 
 __all__ = ["Progress", "SabppoSettings", "evaluate_policy", "train_sabppo"]
@@ -117,7 +118,7 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
     obs, _ = env.reset(seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        policy = make_policy(settings.network, env)
+        policy = make_policy(settings.network, env.process)
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate, eps=1e-5)
     batch_size = env.num_envs * settings.num_steps
     num_updates = max(1, settings.total_steps // batch_size)

@@ -5,6 +5,7 @@ Many worlds go side by side: arrays are (worlds, devices). Quantities are in SI 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -25,7 +26,15 @@ from fedpeat.mec.constants import (
 from fedpeat.mec.devices import KINDS, PRESETS, kinds_of
 from fedpeat.mec.workload import WorkloadProfile
 
-__all__ = ["NONE_HELD", "Demand", "EdgeWorld", "RoundCost", "WorldSettings", "begun_anew"]
+__all__ = [
+    "NONE_HELD",
+    "Demand",
+    "EdgeWorld",
+    "RoundCost",
+    "WorldSettings",
+    "begun_anew",
+    "picked_rows",
+]
 
 Record = TypeVar("Record")
 Reals = Float[np.ndarray, "worlds devices"]
@@ -47,6 +56,8 @@ class WorldSettings:
         deadline_s: Replies later than this are lost [s]; None waits for everyone.
         server_flops_per_s: What the server reaches [1/s].
         server_power_w: Power that the server takes while it computes [W].
+        still: Whether all stays as it is drawn when a world begins, but for batteries and what the
+            devices hold, and nobody fails: for worlds small enough to be solved.
     """
 
     preset: str = "mixed"
@@ -57,6 +68,7 @@ class WorldSettings:
     deadline_s: float | None = None
     server_flops_per_s: float = 50e12
     server_power_w: float = 400.0
+    still: bool = False
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -124,6 +136,12 @@ class RoundCost:
     server_j: Float[np.ndarray, " worlds"]
     bytes_down: Reals
     bytes_up: Reals
+
+    @property
+    def totals(self) -> Float[np.ndarray, "worlds costs"]:
+        """Time [s], energy of devices and server [J], and bytes both ways, of each world."""
+        joules = self.device_j.sum(-1) + self.server_j
+        return np.stack([self.seconds, joules, (self.bytes_down + self.bytes_up).sum(-1)], -1)
 
 
 @dataclass(frozen=True)
@@ -260,9 +278,21 @@ class EdgeWorld:
         Raises:
             WorldError: If a device is asked for what is not feasible.
         """
-        cost = self._cost(demand)
+        cost = self.price(demand)
+        if not self.settings.still:
+            fails = self._rng.random(cost.finished.shape) < self._common["fails_ratio"]
+            cost = replace(cost, finished=cost.finished & ~fails)
         self._go_on(demand, cost)
         return cost
+
+    def picked(self, rows: Int[np.ndarray, " picked"]) -> EdgeWorld:
+        """Return worlds of their own that go on from some of these, perhaps repeated."""
+        other = copy.copy(self)
+        other.num_worlds = len(rows)
+        other._traits = picked_rows(rows, self._traits)  # noqa: SLF001 - of this very class
+        other._state = picked_rows(rows, self._state)  # noqa: SLF001
+        other._snr = other._received()  # noqa: SLF001
+        return other
 
     def reset(self, which: Bool[np.ndarray, " worlds"]) -> None:
         """Begin some of the worlds anew, with other devices of the same kinds."""
@@ -308,7 +338,12 @@ class EdgeWorld:
         power_up = self._common["tx_power_w"] / (NOISE_DENSITY_W_HZ * settings.up_bandwidth_hz)
         return np.asarray(power_down * down), np.asarray(power_up * up)
 
-    def _cost(self, demand: Demand) -> RoundCost:
+    def price(self, demand: Demand) -> RoundCost:
+        """Return what a round would cost if nobody failed; nothing changes.
+
+        Raises:
+            WorldError: If a device is asked for what is not feasible.
+        """
         settings, active = self.settings, demand.takes_part
         possible = np.take_along_axis(self.feasible, demand.rung[..., None], -1)[..., 0]
         if bool((active & ~possible).any()):
@@ -335,10 +370,9 @@ class EdgeWorld:
         server_s = (
             demand.server_steps * self.workload.server_step_flops / settings.server_flops_per_s
         )
-        fails = self._rng.random(active.shape) < self._common["fails_ratio"]
-        finished = active & ~fails
+        finished = active
         if settings.deadline_s is not None:
-            finished &= finish <= settings.deadline_s
+            finished = active & (finish <= settings.deadline_s)
         awaited = np.where(active, finish, 0.0).max(-1)
         if settings.deadline_s is not None:
             awaited = np.minimum(awaited, settings.deadline_s)
@@ -368,6 +402,15 @@ class EdgeWorld:
         """Move devices and what is about them through the time that a round took."""
         state, common, rng = self._state, self._common, self._rng
         elapsed = cost.seconds[:, None]
+        battery = state.battery_j - cost.device_j + common["charging_w"] * elapsed
+        state = replace(
+            state,
+            battery_j=np.clip(battery, 0, common["battery_j"]),
+            held=np.where(demand.takes_part, demand.rung, state.held),
+        )
+        if self.settings.still:
+            self._state = state
+            return
         moved_m = np.where(common["moves"] > 0, self._traits.speed_m_s * elapsed, 0.0)
         angle = 2 * np.pi * rng.random(moved_m.shape)
         position = state.position_m + np.stack(
@@ -379,7 +422,6 @@ class EdgeWorld:
         stays = rng.random(moved_m.shape) >= np.where(
             state.present, common["leaves_ratio"], 1 - common["returns_ratio"]
         )
-        battery = state.battery_j - cost.device_j + common["charging_w"] * elapsed
         self._state = replace(
             state,
             position_m=position,
@@ -389,11 +431,14 @@ class EdgeWorld:
             fading=channel.next_fading(state.fading, faded, rng),
             utilisation=self._between("utilisation_ratio"),
             free_memory_bytes=self._traits.memory_bytes * self._between("free_memory_ratio"),
-            battery_j=np.clip(battery, 0, common["battery_j"]),
             present=stays,
-            held=np.where(demand.takes_part, demand.rung, state.held),
         )
         self._snr = self._received()
+
+
+def picked_rows(rows: Int[np.ndarray, " picked"], old: Record) -> Record:
+    """Return a dataclass of arrays (worlds, ...) with some of the worlds, perhaps repeated."""
+    return type(old)(**{name: array[rows] for name, array in vars(old).items()})
 
 
 def begun_anew(which: Bool[np.ndarray, " worlds"], old: Record, new: Record) -> Record:
