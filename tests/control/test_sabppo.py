@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpeat.control.federation_env import FederationVectorEnv
+from fedpeat.control.planners import episode_returns
 from fedpeat.control.policy import (
     MlpPolicy,
     NetworkKind,
@@ -26,12 +27,12 @@ from fedpeat.control.policy import (
 )
 from fedpeat.control.process import ProcessSettings
 from fedpeat.control.sabppo import (
+    PolicyPlanner,
     Progress,
     SabppoSettings,
     _advantages,
     _clipped_loss,
     _relevant,
-    evaluate_policy,
     train_sabppo,
 )
 from fedpeat.core.errors import CheckpointError, ConfigError
@@ -76,16 +77,18 @@ def test_what_a_set_policy_says_of_a_device_does_not_depend_on_their_order() -> 
 def test_a_set_policy_steers_any_number_of_devices() -> None:
     made = policy("set", env(num_devices=3))
     assert isinstance(made, SetPolicy)
-    returns = evaluate_policy(made, env(num_envs=4, num_devices=40), seed=0)
+    returns = episode_returns(PolicyPlanner(made), env(num_envs=4, num_devices=40), seed=0)
     assert np.isfinite(returns).all()
 
 
 def test_an_mlp_policy_is_for_one_number_of_devices() -> None:
     made = policy("mlp", env(num_devices=3))
     assert isinstance(made, MlpPolicy)
-    assert np.isfinite(evaluate_policy(made, env(num_envs=4, num_devices=3), seed=0)).all()
+    assert np.isfinite(
+        episode_returns(PolicyPlanner(made), env(num_envs=4, num_devices=3), seed=0)
+    ).all()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        evaluate_policy(made, env(num_envs=4, num_devices=4), seed=0)
+        episode_returns(PolicyPlanner(made), env(num_envs=4, num_devices=4), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["set", "mlp"])
@@ -260,7 +263,8 @@ def test_training_finds_what_pays(network: NetworkKind) -> None:
     trained = train_sabppo(env(num_envs=64), settings, lines.append)
     fresh = train_sabppo(env(num_envs=64), SHORT)
     ours, theirs = (
-        evaluate_policy(p, env(num_envs=200), seed=9, sample=True) for p in (trained, fresh)
+        episode_returns(PolicyPlanner(p, sample=True), env(num_envs=200), seed=9)
+        for p in (trained, fresh)
     )
     assert ours.mean() > theirs.mean() + 4 * theirs.std() / 200**0.5
     assert ours.mean() > 1.3 * theirs.mean()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fedpeat.control.federation_env import FederationVectorEnv
 from fedpeat.control.policy import NetworkKind, Policy, choose, make_policy
-from fedpeat.control.process import Observation
+from fedpeat.control.process import Choices, FederationProcess, Observation
 from fedpeat.core.errors import ConfigError
 
-__all__ = ["Progress", "SabppoSettings", "evaluate_policy", "train_sabppo"]
+__all__ = ["PolicyPlanner", "Progress", "SabppoSettings", "train_sabppo"]
 
 
 @dataclass(frozen=True)
@@ -207,28 +207,26 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
     return policy
 
 
-def evaluate_policy(
-    policy: Policy, env: FederationVectorEnv, *, seed: int, sample: bool = False
-) -> Float[np.ndarray, " worlds"]:
-    """Return the return of one episode in each world.
+class PolicyPlanner:
+    """Follows a policy.
 
     Args:
         policy: The policy.
-        env: Worlds, which begin anew.
-        seed: Seed of the worlds and of draws.
-        sample: Whether to draw actions; the likeliest are taken if not.
+        sample: Whether to draw choices, from the process's stream; the likeliest are taken if not.
     """
-    generator = torch.Generator().manual_seed(seed) if sample else None
-    obs, _ = env.reset(seed=seed)
-    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, dtype=bool)
-    while running.any():
+
+    def __init__(self, policy: Policy, *, sample: bool = False) -> None:
+        self._policy = policy
+        self._sample = sample
+
+    def choose(self, process: FederationProcess) -> Choices:
+        """Return what everyone is to do in the coming round."""
         with torch.no_grad():
-            chances, _ = policy.log_probs(*_tensors(obs))
-        actions = policy.action(choose(chances, generator)).numpy()
-        obs, reward, terminated, truncated, _ = env.step(actions)
-        returns += reward * running
-        running &= ~(terminated | truncated)
-    return returns
+            chances, _ = self._policy.log_probs(*_tensors(process.observe()))
+        generator = None
+        if self._sample:
+            generator = torch.Generator().manual_seed(int(process.rng.integers(2**63)))
+        return process.read(self._policy.action(choose(chances, generator)).numpy())
 
 
 def _tensors(obs: Observation) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,11 @@ class QualityModel:
         """Size of the ensemble."""
         return len(self.floor)
 
+    def mean(self) -> QualityModel:
+        """Return one curve whose constants are the means of the members'."""
+        means = {item.name: getattr(self, item.name).mean(0)[None] for item in fields(self)}
+        return QualityModel(**means)
+
     def next_loss(
         self,
         loss: Float[np.ndarray, " worlds"],
