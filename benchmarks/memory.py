@@ -28,8 +28,9 @@ from fedpeat.config.loading import config_from_dict
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.data.examples import FederatedData
 from fedpeat.data.packing import PackedText
-from fedpeat.experiments.bench import make_controller, make_federation, set_up
+from fedpeat.experiments.bench import make_federation, set_up
 from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.steering import make_controller
 from fedpeat.federated.rounds import FederationState, peak_rss_bytes
 
 NUM_ROUNDS = 2

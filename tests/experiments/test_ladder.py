@@ -13,10 +13,11 @@ from fedpeat.config.loading import override
 from fedpeat.config.schema import Config
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
+from fedpeat.experiments.bench import Bench, make_federation, set_up
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
+from fedpeat.experiments.steering import make_controller
 from fedpeat.federated.rounds import FederationState
 from outcomes import UNSTEADY, assert_resumes, assert_same, config_of, lines_of, result_of
 

@@ -16,8 +16,9 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from fedpeat.core.run_folder import RunFolder
-from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
+from fedpeat.experiments.bench import Bench, make_federation, set_up
 from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.steering import make_controller
 from fedpeat.federated.rounds import FederationState
 from outcomes import config_of
 

@@ -14,11 +14,12 @@ from fedpeat.config.schema import Config
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.wire import decode
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
+from fedpeat.experiments.bench import Bench, make_federation, set_up
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
+from fedpeat.experiments.steering import make_controller
 from fedpeat.federated.rounds import FederationState
 from fedpeat.model.layers import matrix_of
 from outcomes import UNSTEADY, assert_resumes, config_of, lines_of

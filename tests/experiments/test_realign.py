@@ -12,12 +12,14 @@ import torch
 
 from fedpeat.config.loading import override
 from fedpeat.config.schema import Config
+from fedpeat.control.fixed import is_due
 from fedpeat.core.errors import DataError
 from fedpeat.core.run_folder import RunFolder
-from fedpeat.experiments.bench import Bench, make_controller, make_federation, set_up
+from fedpeat.experiments.bench import Bench, make_federation, set_up
 from fedpeat.experiments.observer import Silent
-from fedpeat.experiments.realign import is_due, realigned
+from fedpeat.experiments.realign import realigned
 from fedpeat.experiments.run import run
+from fedpeat.experiments.steering import make_controller
 from fedpeat.tuning.loss import batch_of
 from outcomes import assert_resumes, config_of, lines_of
 

@@ -107,9 +107,9 @@ def test_controller_sees_names_examples_rungs_losses_and_quality() -> None:
         ("b", 20, (), None),
         ("c", 30, (), None),
     ]
-    assert (first.server_round, first.num_rounds, first.quality) == (1, 10, 12.5)
+    assert (first.server_round, first.num_rounds, first.loss) == (1, 10, 12.5)
     assert [(c.held_rungs, c.last_loss) for c in second.clients] == [(("emulator",), 2.5)] * 3
-    assert (second.server_round, second.quality) == (2, 11.0)
+    assert (second.server_round, second.loss) == (2, 11.0)
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "fedadam"])
@@ -625,11 +625,41 @@ def test_a_plan_that_makes_no_sense_is_a_clear_error(
     assert {kind for kind, _, _ in transport.sent} == {"hello"}
 
 
-def test_an_empty_plan_is_a_barren_round() -> None:
-    state, _ = federation(three(), controller=PlanOf(lambda _: RoundPlan((), 0))).run_round(
-        start(), None
-    )
+def test_an_empty_plan_is_a_rest_and_not_a_failure() -> None:
+    loop = federation(three(), controller=PlanOf(lambda _: RoundPlan((), 0)))
+    state, result = loop.run_round(start(), None)
+    assert (state.server_round, state.num_barren_rounds) == (1, 0)
+    assert result.update_norm == 0
+    assert not result.warnings
+
+
+def test_nobody_there_is_a_barren_round() -> None:
+    loop = federation(FakeTransport({}), controller=PlanOf(lambda _: RoundPlan((), 0)))
+    state, _ = loop.run_round(start(), None)
     assert (state.server_round, state.num_barren_rounds) == (1, 1)
+
+
+def test_an_update_that_a_simulated_world_loses_is_neither_asked_for_nor_counted() -> None:
+    transport = three()
+    cohort = (
+        ClientPlan("a", "emulator", 2),
+        ClientPlan("b", "emulator", 2, lost="it gave up on the way"),
+    )
+    plan = RoundPlan(cohort, 0, simulated={"seconds": 2.5})
+    _, result = federation(transport, controller=PlanOf(lambda _: plan)).run_round(start(), None)
+    sent = [(kind, node) for kind, nodes, _ in transport.sent for node in nodes]
+    assert ("hold", "b") in sent
+    assert ("train", "a") in sent
+    assert ("train", "b") not in sent
+    lost = next(p for p in result.participants if p.client_id == "b")
+    assert (lost.status, lost.reason, lost.weight) == ("dropped", "it gave up on the way", 0.0)
+    assert result.simulated == {"seconds": 2.5}
+
+
+def test_alignment_that_cannot_be_is_a_clear_error() -> None:
+    plan = RoundPlan((ClientPlan("a", "emulator", 2),), 0, realigns=True)
+    with pytest.raises(AggregationError, match="round 1: the plan aligns emulators anew, which"):
+        federation(three(), controller=PlanOf(lambda _: plan)).run_round(start(), None)
 
 
 # --- quality ------------------------------------------------------------------------------------

@@ -86,3 +86,40 @@ def test_a_device_with_nothing_to_send_gets_nothing() -> None:
     shares = equal_finish_shares(*parts, everyone(parts))[0]
     assert shares[1] == 0
     assert shares.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 10, 500])
+def test_rounds_of_hard_numbers_are_solved_to_the_last_digits(num_devices: int) -> None:
+    rng = np.random.default_rng(num_devices)
+    shape = (5000 // num_devices, num_devices)
+    fixed_s, down_s, up_bits_per_hz = 10 ** rng.uniform(-3, 2, (3, *shape))
+    snr = 10 ** rng.uniform(-3, 6, shape)
+    fixed_s[rng.random(shape) < 0.2] = 0
+    only = rng.integers(4, size=shape)
+    down_s[only == 0] = 0
+    up_bits_per_hz[only == 1] = 0
+    active = rng.random(shape) < rng.random((shape[0], 1))
+    active[0] = True
+    parts = fixed_s, down_s, up_bits_per_hz, snr
+    shares = equal_finish_shares(*parts, active)
+    assert ((shares > 0) == active).all()
+    np.testing.assert_allclose(shares.sum(-1), active.any(-1))
+    # that all are done at once with the whole band given out makes it the optimum
+    finish = np.where(active, finish_times_s(np.where(active, shares, 1), *parts), np.nan)
+    some = finish[active.any(-1)]
+    np.testing.assert_allclose(np.nanmin(some, -1), np.nanmax(some, -1), rtol=1e-9)
+
+
+def test_a_late_start_does_not_hide_a_short_message() -> None:
+    # the first needs 1e-12 s after 1e5 s and takes what is left: the second is done then with half
+    parts = np.array([1e5, 0.0]), np.array([1e-12, 5e4]), np.zeros(2), np.ones(2)
+    shares = equal_finish_shares(*parts, everyone(parts))
+    np.testing.assert_allclose(shares, [0.5, 0.5])
+
+
+def test_a_device_that_is_hardly_heard_leaves_others_what_they_need() -> None:
+    # it sends for about 1e12 s whatever its share; the other has to be done by then
+    snr = np.array([np.log(2) * 1e-20, 1.0])
+    parts = np.zeros(2), np.array([0.0, 1.0]), np.array([1e-8, 0.0]), snr
+    shares = equal_finish_shares(*parts, everyone(parts))
+    assert finish_times_s(shares, *parts).max() == pytest.approx(1e12)

@@ -42,6 +42,11 @@ def test_bessel_function_against_scipy() -> None:
     np.testing.assert_allclose(channel.bessel_j0(x), j0(x), atol=1e-7)
 
 
+def test_cosine_by_the_tangent_of_half_the_angle() -> None:
+    angle = np.concatenate([np.linspace(-10, 10, 1001), np.geomspace(10, 1e5, 1000), [np.pi]])
+    np.testing.assert_allclose(channel.cosine(angle), np.cos(angle), atol=1e-14)
+
+
 def test_a_channel_at_rest_stays_and_one_that_moves_is_soon_another() -> None:
     at_rest, moved = channel.fading_correlation(np.array([0.0, 1.0]), 2e9, np.array([5.0, 5.0]))
     assert at_rest == pytest.approx(1)
@@ -61,11 +66,12 @@ def test_shadowing_keeps_its_deviation_and_is_correlated_as_asked() -> None:
 
 
 def test_rayleigh_power_stays_exponential_with_mean_1() -> None:
-    amplitude = RNG(0).standard_normal((200, 500, 2)) * np.sqrt(0.5)
+    amplitude = channel.fresh_fading((200, 500), RNG(0))
+    assert (np.abs(amplitude) ** 2).mean() == pytest.approx(1, rel=0.01)
     for correlation in (0.9, -0.3):
         after = channel.next_fading(amplitude, np.full((200, 500), correlation), RNG(1))
-        power = (after**2).sum(-1)
+        power = np.abs(after) ** 2
         assert power.mean() == pytest.approx(1, rel=0.01)
         assert (power > 1).mean() == pytest.approx(np.exp(-1), abs=0.01)
-        found = (amplitude * after).sum(-1).mean()
+        found = (amplitude.conj() * after).real.mean()
         assert found == pytest.approx(correlation, abs=0.01)

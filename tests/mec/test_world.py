@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,31 @@ def test_what_moves_is_reached_differently_in_the_next_round_and_what_rests_alik
         moved[preset] = np.abs(there.distance_m - before).max()
     assert moved["laptop"] == 0
     assert moved["vehicular"] > 10
+
+
+def test_a_device_goes_any_way_from_where_it_is() -> None:
+    there = world(num_worlds=10_000, preset="phone", radius_m=5000.0)
+    before = there.distance_m
+    idle = demand(there, takes_part=np.zeros(before.shape, dtype=bool))
+    cost = there.run_round(replace(idle, server_steps=np.full(10_000, 5000)))
+    np.testing.assert_allclose(cost.seconds, 1000)
+    inside = before < 5000 - 1000 * 2  # none of these can have left the cell
+    outwards_m = (there.distance_m - before)[inside]
+    assert 0.9 * 2000 < outwards_m.max() <= 2000
+    assert 0.9 * 2000 < -outwards_m.min() <= 2000
+    # speeds are uniform between 0.5 and 2 m/s, and steps at any angle add up in squares
+    grown_m2 = (there.distance_m**2 - before**2)[inside].mean()
+    assert grown_m2 == pytest.approx(1000**2 * (0.5**2 + 0.5 * 2 + 2**2) / 3, rel=0.05)
+    assert there.distance_m.max() <= 5000
+
+
+def test_what_is_feasible_follows_from_what_changes_between_rounds() -> None:
+    there = world(num_worlds=50, still=True, preset="phone")
+    able = there.feasible[..., -1]
+    assert able.all()
+    there.run_round(demand(there, local_steps=np.full((50, 10), 10**6)))
+    assert (there.feasible[..., -1] == (there.battery_ratio > 0)).all()
+    assert not there.feasible.all()
 
 
 def test_fading_changes_for_all_and_shadows_for_those_who_move() -> None:

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_audit(commands)
     _add_inspect(commands)
+    _add_control(commands)
     return parser
 
 
@@ -235,6 +236,15 @@ def _add_inspect(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print a record for scripts")
 
 
+def _add_control(commands: Commands) -> None:
+    text = "run short federations to learn what a round does for the quality"
+    parser = _add(commands, "calibrate", text, _calibrate, overrides=True)
+    parser.add_argument("config", help="YAML file with settings")
+    text = "train controllers in the simulated world of a calibration"
+    parser = _add(commands, "learn", text, _learn, overrides=True)
+    parser.add_argument("calibration", type=Path, help="folder that calibrate wrote")
+
+
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from fedpeat.cli.terminal import Terminal
 
@@ -343,6 +353,31 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> None:
         from fedpeat.cli.inspection import show
 
         show(result)
+
+
+def _calibrate(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedpeat.cli.terminal import Terminal
+
+    config = _config(args, rest, "calibrate")
+    from fedpeat.experiments.calibrate import calibrate
+
+    with Terminal() as terminal:
+        folder, error = calibrate(config, observer=terminal)
+    terminal.calibration(error, config.calibration.max_error, folder)
+
+
+def _learn(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedpeat.cli.terminal import Terminal
+
+    args.config = str(args.calibration / "config.yaml")
+    if not Path(args.config).exists():
+        raise ConfigError(f"no calibration in {args.calibration}; make one with fedpeat calibrate")
+    config = _config(args, rest, "learn")
+    from fedpeat.experiments.learn import learn
+
+    with Terminal() as terminal:
+        folder, found = learn(config, args.calibration, observer=terminal)
+    terminal.learnt(found, folder)
 
 
 def _quiet_libraries() -> None:

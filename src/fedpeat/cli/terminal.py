@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedpeat.control.quality_fit import FitError
 
 __all__ = ["Terminal", "size"]
 
@@ -116,6 +119,35 @@ class Terminal:
                     self._console.print(f"- {line}", markup=False, soft_wrap=True)
         if page is not None:
             self._console.print(f"page: {page}", markup=False, soft_wrap=True)
+
+    def calibration(self, error: FitError, max_error: float, folder: Path) -> None:
+        """Print how far predictions are off, and whether controllers may be trained on them."""
+        self._console.print(
+            f"{error.num_rounds} rounds of {error.num_policies} plans; on plans held out the last "
+            f"loss is off by {error.rollout:.1%} of the gain (by {error.baseline_rollout:.1%} if "
+            f"every round is taken to bring the same), the change of a round by {error.step:.0%}"
+        )
+        if error.rollout <= max_error:
+            self._console.print(f"next: fedpeat learn {folder}", markup=False, soft_wrap=True)
+        else:
+            self._console.print(
+                f"[yellow]more than the {max_error:.0%} with which controllers may be trained[/]: "
+                "run more federations (calibration.num_federations), or longer ones"
+            )
+
+    def learnt(self, found: Mapping[str, Any], folder: Path) -> None:
+        """Print what each controller's episodes are worth, and how to use them."""
+        table = Table(title="return in worlds that none was trained in", title_justify="left")
+        table.add_column("controller")
+        table.add_column("return, 95 % interval", justify="right")
+        for kind, value in sorted(found["returns"].items(), key=lambda item: -item[1]["mean"]):
+            table.add_row(kind, f"{value['mean']:.4f} ± {value['half_width']:.4f}")
+        self._console.print(table)
+        self._console.print(
+            f"next: fedpeat run CONFIG --controller.kind sabppo --controller.policy {folder}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _audit_table(emulator: Mapping[str, Any]) -> Table:

@@ -15,8 +15,11 @@ from fedpeat.core.errors import ConfigError
 __all__ = [
     "AdapterConfig",
     "AuditPlan",
+    "CalibrationConfig",
     "ComparisonPlan",
     "Config",
+    "ControllerConfig",
+    "ControllerKind",
     "Cut",
     "DataConfig",
     "EmulatorConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "Placement",
     "ServerConfig",
     "Task",
+    "WorldConfig",
 ]
 
 Method = Literal["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "zero_shot"]
@@ -40,6 +44,13 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
+ControllerKind = Literal[
+    "fixed", "tuned_fixed", "random", "round_robin", "channel", "deadline", "descent", "sabppo"
+]
+Bandwidth = Literal["optimal", "branch"]
+Network = Literal["set", "mlp"]
+Ratio = Literal["branch", "joint"]
 
 
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
@@ -512,6 +523,123 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class WorldConfig:
+    """The simulated cell that the devices are in: what a round costs there in time and energy."""
+
+    preset: WorldPreset | None = None
+    """Which devices there are: iot, phone, laptop, vehicular or mixed; no simulated world if not
+    given."""
+    radius_m: float = 500.0
+    """Radius of the cell [m]."""
+    down_bandwidth_hz: float = 20e6
+    """Band from the base station to the devices [Hz]."""
+    up_bandwidth_hz: float = 20e6
+    """Band from the devices to the base station [Hz]."""
+    deadline_s: float | None = None
+    """Updates later than this on the simulated clock are lost [s]; none waits for everyone."""
+    server_flops_per_s: float = 50e12
+    """Operations that the server reaches [1/s]."""
+    server_power_w: float = 400.0
+    """Power that the server takes while it computes [W]."""
+    workload_scale: float = 1.0
+    """What the model's bytes, operations and memory are multiplied by on the way into the simulated
+    world, so that a small model can stand in for a large one."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            _require_choice("world.preset", WorldPreset, self.preset)
+        for name in (
+            "radius_m",
+            "down_bandwidth_hz",
+            "up_bandwidth_hz",
+            "server_flops_per_s",
+            "server_power_w",
+            "workload_scale",
+        ):
+            _require_positive(f"world.{name}", getattr(self, name))
+        if self.deadline_s is not None:
+            _require_positive("world.deadline_s", self.deadline_s)
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """Who decides each round which devices take part, with which emulator and how much work."""
+
+    kind: ControllerKind = "fixed"
+    """fixed (federated.fraction_train, local.local_steps and server.server_steps, always);
+    tuned_fixed (the best such plan in the simulated world); random; round_robin, channel and
+    deadline (tuned plans that choose devices in turn, by channel, by speed); descent (the best
+    round by itself); sabppo (the trained policy). All but fixed need world.preset."""
+    policy: str = ""
+    """Folder that "fedpeat learn" wrote, for every kind but fixed and random."""
+    local_steps: tuple[int, ...] = (2, 4, 8, 16)
+    """Numbers of local steps that controllers choose from."""
+    server_steps: tuple[int, ...] = (0, 4, 8, 16)
+    """Numbers of the server's own steps that they choose from."""
+    realigns: bool = False
+    """Whether they may have the emulators aligned anew."""
+    bandwidth: Bandwidth = "optimal"
+    """Shares of the band: optimal (all finish together) or branch (chosen by the controller)."""
+    time_weight: float = 0.2
+    """What a run's simulated time counts against its whole gain in quality, in units of as many
+    rounds in which all tune on the smallest rung."""
+    energy_weight: float = 0.1
+    """The same for its energy."""
+    bytes_weight: float = 0.1
+    """The same for its bytes."""
+    network: Network = "set"
+    """Network of a policy: set (for any number of devices) or mlp (for the number trained with)."""
+    ratio: Ratio = "branch"
+    """Whose ratio PPO clips: that of each branch of an action, or the joint one."""
+    total_steps: int = 1_000_000
+    """Simulated rounds to train a policy on, and to tune each fixed plan on."""
+    num_envs: int = 256
+    """Worlds that are simulated side by side."""
+    num_policies: int = 1
+    """Policies to train, each from a seed of its own; the best in other worlds is kept."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("kind", ControllerKind),
+            ("bandwidth", Bandwidth),
+            ("network", Network),
+            ("ratio", Ratio),
+        ):
+            _require_choice(f"controller.{name}", choices, getattr(self, name))
+        for name, least in (("local_steps", 1), ("server_steps", 0)):
+            steps = getattr(self, name)
+            rising = all(low < high for low, high in itertools.pairwise(steps))
+            fits = len(steps) > 0 and steps[0] >= least and rising
+            _require(fits, f"controller.{name}", f"rising, from at least {least}", steps)
+        for name in ("time_weight", "energy_weight", "bytes_weight"):
+            _require_not_negative(f"controller.{name}", getattr(self, name))
+        for name in ("total_steps", "num_envs", "num_policies"):
+            value = getattr(self, name)
+            _require(value >= 1, f"controller.{name}", "at least 1", value)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The real federations of "fedpeat calibrate", which show what a round does for quality."""
+
+    num_federations: int = 32
+    """Federations, each with a plan of its own for every round."""
+    num_rounds: int = 8
+    """Rounds of each."""
+    num_members: int = 8
+    """Curves that are fitted, each to other draws of the federations."""
+    max_error: float = 0.15
+    """Largest error on plans held out, as a share of the gain, with which controllers may be
+    trained."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_federations", "num_rounds", "num_members"):
+            value = getattr(self, name)
+            _require(value >= 1, f"calibration.{name}", "at least 1", value)
+        _require_positive("calibration.max_error", self.max_error)
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of fedpeat."""
 
@@ -541,6 +669,12 @@ class Config:
     """The rounds."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """The simulated cell."""
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """Who plans the rounds."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """How quality is foretold."""
 
     def __post_init__(self) -> None:
         bad = set(self.name) & set("/\\\0") or self.name in {"", ".", ".."}
@@ -556,6 +690,30 @@ class Config:
         self._check_lora()
         self._check_ladder()
         self._check_narrow()
+        self._check_controller()
+
+    def _check_controller(self) -> None:
+        kind = self.controller.kind
+        where = f"given for controller.kind {kind!r}"
+        _require(
+            kind == "fixed" or self.world.preset is not None,
+            "world.preset",
+            where,
+            self.world.preset,
+        )
+        _require(
+            kind in {"fixed", "random"} or bool(self.controller.policy),
+            "controller.policy",
+            where,
+            self.controller.policy,
+        )
+        if self.world.preset is not None:
+            _require(
+                not self.federated.client_rungs,
+                "federated.client_rungs",
+                "empty in a simulated world, where the controller gives out rungs",
+                self.federated.client_rungs,
+            )
 
     def _check_ladder(self) -> None:
         whole_blocks = self.adapter.method == "none" and self.adapter.placement == "all"

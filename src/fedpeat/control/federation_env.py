@@ -60,7 +60,8 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
     ) -> None:
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.num_envs = num_envs
-        self.process = FederationProcess(world, workload, quality, settings, num_envs, seed)
+        self._parts = world, workload, quality, settings
+        self.process = FederationProcess(*self._parts, num_envs, seed)
         self.branches = self.process.branches
         sample = self.process.observe()
         self.single_observation_space = spaces.Dict(
@@ -74,6 +75,10 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
         self.single_action_space = spaces.MultiDiscrete(self.branches.sizes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def resized(self, num_envs: int) -> FederationVectorEnv:
+        """Return an environment like this one with another number of worlds."""
+        return FederationVectorEnv(*self._parts, num_envs)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -8,7 +8,16 @@ from typing import Any
 from fedpeat.core.records import ClientPlan, RoundObservation, RoundPlan
 from fedpeat.core.seeds import generator
 
-__all__ = ["FixedController"]
+__all__ = ["FixedController", "is_due"]
+
+
+def is_due(every: int, server_round: int) -> bool:
+    """Say whether emulators are aligned anew before a round.
+
+    It is before a round and not after one, so that a run that ends here and is resumed for more
+    rounds does what an uninterrupted one does.
+    """
+    return every > 0 and server_round > 1 and (server_round - 1) % every == 0
 
 
 class FixedController:
@@ -20,6 +29,7 @@ class FixedController:
         fraction_train: Share of devices drawn, in (0, 1]; at least one.
         local_steps: Steps of each device.
         server_steps: Steps of the server; 0 if it does not take part.
+        realign_every: Rounds from one alignment of the emulators to the next; 0 for none.
         seed: Seed of the draws.
     """
 
@@ -31,6 +41,7 @@ class FixedController:
         local_steps: int,
         server_steps: int,
         seed: int,
+        realign_every: int = 0,
         client_rungs: Mapping[str, str] | None = None,
     ) -> None:
         self._rung = rung
@@ -39,6 +50,7 @@ class FixedController:
         self._local_steps = local_steps
         self._server_steps = server_steps
         self._seed = seed
+        self._realign_every = realign_every
 
     def plan(self, observation: RoundObservation) -> RoundPlan:
         """Return the plan of the coming round; it depends on the round's number alone."""
@@ -51,7 +63,8 @@ class FixedController:
             ClientPlan(name, self._client_rungs.get(name, self._rung), self._local_steps)
             for name in names
         )
-        return RoundPlan(plans, self._server_steps)
+        realigns = is_due(self._realign_every, observation.server_round)
+        return RoundPlan(plans, self._server_steps, realigns)
 
     def state(self) -> Mapping[str, Any]:
         """Return an empty state: draws follow from seed and round."""

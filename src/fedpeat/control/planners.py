@@ -18,7 +18,15 @@ from fedpeat.control.federation_env import FederationVectorEnv
 from fedpeat.control.process import Choices, FederationProcess
 from fedpeat.core.errors import WorldError
 
-__all__ = ["RULES", "FixedPlan", "FixedPlanner", "Planner", "episode_returns", "tune"]
+__all__ = [
+    "RULES",
+    "FixedPlan",
+    "FixedPlanner",
+    "Planner",
+    "RandomPlanner",
+    "episode_returns",
+    "tune",
+]
 
 Reals = Float[np.ndarray, "worlds devices"]
 Flags = Bool[np.ndarray, "worlds devices"]
@@ -98,6 +106,17 @@ class FixedPlanner:
             realigns=_is_due(own["realign_every"], process.episode.num_rounds),
         )
         return replace(choices, takes_part=self._rule(process, choices, own["fraction"]))
+
+
+class RandomPlanner:
+    """Draws every choice from those that are feasible."""
+
+    def choose(self, process: FederationProcess) -> Choices:
+        """Return what everyone is to do in the coming round."""
+        mask = process.observe()["mask"]
+        scores = process.rng.random(mask.shape) * mask
+        parts = np.split(scores, np.cumsum(process.branches.sizes)[:-1], axis=1)
+        return process.read(np.stack([part.argmax(-1) for part in parts], axis=1))
 
 
 def _is_due(every: Int[np.ndarray, " worlds"], done: Int[np.ndarray, " worlds"]) -> np.ndarray:

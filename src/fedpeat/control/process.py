@@ -10,12 +10,12 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedpeat.core.errors import WorldError
+from fedpeat.core.errors import CheckpointError, WorldError
 from fedpeat.mec.channel import decibels
 from fedpeat.mec.quality import QualityModel, RoundWork
 from fedpeat.mec.workload import WorkloadProfile
@@ -84,6 +84,8 @@ class ProcessSettings:
         bandwidth_weights: Weights to choose from, for "branch".
         start_loss: Loss of the full model before the first round [nat].
         server_examples: Examples that the server trains on itself.
+        server_weight_ratio: Share of the average that is the server's where devices take part too;
+            by its examples if not given.
         device_examples: Examples of a device: bounds between which each draws, evenly in logarithm.
         weights: Weight of each cost in the return, of ``seconds``, ``joules`` and ``bytes``.
         budgets: Most of each that an episode may cost, after which it ends; none where not given.
@@ -97,6 +99,7 @@ class ProcessSettings:
     bandwidth_weights: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     start_loss: float = 3.0
     server_examples: float = 1000.0
+    server_weight_ratio: float | None = None
     device_examples: tuple[float, float] = (200.0, 2000.0)
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"seconds": 0.2, "joules": 0.1, "bytes": 0.1}
@@ -236,6 +239,34 @@ class FederationProcess:
         floor = self.quality.floor[self.episode.member]
         return np.asarray(self.settings.start_loss - floor)
 
+    def state(self) -> dict[str, Any]:
+        """Return where it stands as plain JSON data, to the last bit."""
+        arrays = {**self.world.state(), **vars(self.episode)}
+        return {
+            "arrays": {name: _packed(array) for name, array in arrays.items()},
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` returned.
+
+        Raises:
+            CheckpointError: If it is of other worlds.
+        """
+        try:
+            arrays = {name: _unpacked(packed) for name, packed in state["arrays"].items()}
+            shapes = {name: array.shape for name, array in arrays.items()}
+            own = {**self.world.state(), **vars(self.episode)}
+            if shapes != {name: array.shape for name, array in own.items()}:
+                raise CheckpointError("the state of the simulated world is of other devices")
+            self.world.load_state(arrays)
+            self.episode = Episode(**{name: arrays[name] for name in vars(self.episode)})
+            self.rng.bit_generator.state = state["rng"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the state of the simulated world is damaged: {error}"
+            ) from error
+
     def begin_again(self, which: Bool[np.ndarray, " worlds"]) -> None:
         """Begin another episode in some of the worlds, with other devices."""
         self.world.reset(which)
@@ -374,13 +405,17 @@ class FederationProcess:
         counted = self.episode.examples * finished
         total = counted.sum(-1)
         safe = np.maximum(total, 1e-12)
-        own = self.settings.server_examples * (demand.server_steps > 0)
+        trains = demand.server_steps > 0
+        own = self.settings.server_examples * trains
+        server_share = own / np.maximum(own + total, 1e-12)
+        if (ratio := self.settings.server_weight_ratio) is not None:
+            server_share = np.where(trains & (total > 0), ratio, trains)
         on_rung = demand.rung[..., None] == np.arange(self.workload.num_rungs)
         return RoundWork(
             rung_share=(counted[..., None] * on_rung).sum(1) / safe[:, None],
             num_effective=total**2 / np.maximum((counted**2).sum(-1), 1e-12),
             local_steps=(counted * demand.local_steps).sum(-1) / safe,
-            server_share=own / np.maximum(own + total, 1e-12),
+            server_share=server_share.astype(float),
             server_steps=demand.server_steps.astype(float),
             staleness=np.where(demand.realigns, 0.0, self.episode.staleness),
         )
@@ -457,3 +492,12 @@ class FederationProcess:
                 )
             )
         return np.asarray(np.maximum(np.median(cost.totals, axis=0), 1e-12))
+
+
+def _packed(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "hex": array.tobytes().hex()}
+
+
+def _unpacked(record: Mapping[str, Any]) -> np.ndarray:
+    flat = np.frombuffer(bytes.fromhex(record["hex"]), np.dtype(record["dtype"]))
+    return flat.reshape(record["shape"]).copy()

@@ -24,7 +24,7 @@ from fedpeat.control.policy import NetworkKind, Policy, choose, make_policy
 from fedpeat.control.process import Choices, FederationProcess, Observation
 from fedpeat.core.errors import ConfigError
 
-__all__ = ["PolicyPlanner", "Progress", "SabppoSettings", "train_sabppo"]
+__all__ = ["PolicyPlanner", "Progress", "SabppoSettings", "tensors_of", "train_sabppo"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
         ends: list[Tensor] = []
         finished: list[float] = []
         for _ in range(settings.num_steps):
-            tensors = _tensors(obs)
+            tensors = tensors_of(obs)
             policy.see(*tensors[:2])
             with torch.no_grad():
                 chances, value = policy.log_probs(*tensors)
@@ -148,7 +148,7 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
             scaled = torch.from_numpy(scale.seen(reward, done)).float()
             if truncated.any():  # a time limit is no end: what would have followed still counts
                 with torch.no_grad():
-                    _, last = policy.log_probs(*_tensors(info["final_obs"]))
+                    _, last = policy.log_probs(*tensors_of(info["final_obs"]))
                 scaled += settings.gamma * last * torch.from_numpy(truncated)
             finished += returns[done].tolist()
             returns[done] = 0
@@ -161,7 +161,7 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
 
         # 2. Advantages.
         with torch.no_grad():
-            _, value = policy.log_probs(*_tensors(obs))
+            _, value = policy.log_probs(*tensors_of(obs))
         values.append(value)
         advantages = _advantages(rewards, values, ends, settings.gamma, settings.gae_lambda)
         targets = advantages + torch.stack(values[:-1])
@@ -222,14 +222,15 @@ class PolicyPlanner:
     def choose(self, process: FederationProcess) -> Choices:
         """Return what everyone is to do in the coming round."""
         with torch.no_grad():
-            chances, _ = self._policy.log_probs(*_tensors(process.observe()))
+            chances, _ = self._policy.log_probs(*tensors_of(process.observe()))
         generator = None
         if self._sample:
             generator = torch.Generator().manual_seed(int(process.rng.integers(2**63)))
         return process.read(self._policy.action(choose(chances, generator)).numpy())
 
 
-def _tensors(obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
+def tensors_of(obs: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an observation as a policy takes it: devices, world, mask."""
     devices, world = (torch.from_numpy(obs[name]) for name in ("devices", "world"))
     return devices, world, torch.from_numpy(obs["mask"]).bool()
 

@@ -10,6 +10,7 @@
     ├── CheckpointError   (ValueError)    a checkpoint is missing, damaged or of another run
     ├── WireError         (ValueError)    a message does not follow the wire format
     ├── WorldError        (ValueError)    an edge world or its workload cannot be
+    ├── CalibrationError  (ValueError)    a log cannot be fitted, or its fit not be trusted
     ├── AggregationError  (RuntimeError)  a round leaves nothing to aggregate
     └── StorageError      (OSError)       the run folder cannot be written
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "AdapterError",
     "AggregationError",
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -74,6 +76,10 @@ class WireError(FedPEATError, ValueError):
 
 class WorldError(FedPEATError, ValueError):
     """An edge world, its devices or its workload cannot be as described."""
+
+
+class CalibrationError(FedPEATError, ValueError):
+    """A log of rounds cannot be fitted, or the fit is missing, damaged or too far off."""
 
 
 class AggregationError(FedPEATError, RuntimeError):

@@ -94,29 +94,44 @@ class ClientState:
 
 @dataclass(frozen=True)
 class RoundObservation:
-    """What a controller sees before a round."""
+    """What a controller sees before a round.
+
+    ``loss`` is the last known loss of the plugged-in model on held-out data [nat per token, or per
+    image].
+    """
 
     server_round: int
     num_rounds: int
     clients: tuple[ClientState, ...]
-    quality: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What one device is asked to do in a round."""
+    """What one device is asked to do in a round.
+
+    ``lost`` says why its update will not come back, where a simulated world decides that; it is
+    empty for everyone else.
+    """
 
     client_id: str
     rung: str
     local_steps: int
+    lost: str = ""
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Who takes part in a round, with what, and how much the server does."""
+    """Who takes part in a round, with what, and how much the server does.
+
+    ``realigns`` asks for the emulators to be aligned anew first; ``simulated`` is what the round
+    costs in a simulated world: seconds, joules and bytes.
+    """
 
     cohort: tuple[ClientPlan, ...]
     server_steps: int
+    realigns: bool = False
+    simulated: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -164,7 +179,8 @@ class RoundResult:
     ``product_error`` is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| over all pairs of LoRA: what
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
     ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
-    before the round; empty where none was.
+    before the round; empty where none was. ``simulated`` is what the round cost in a simulated
+    world, as in its plan.
     """
 
     server_round: int
@@ -180,4 +196,5 @@ class RoundResult:
     elapsed_seconds: float = 0.0
     peak_rss_bytes: int = 0
     refresh_bytes: Mapping[str, int] = field(default_factory=dict)
+    simulated: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default_factory=tuple)

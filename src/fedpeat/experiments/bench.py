@@ -12,7 +12,6 @@ from fedpeat.adapter.placement import tuned_blocks
 from fedpeat.adapter.slices import Slice, slices_of
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
-from fedpeat.control.fixed import FixedController
 from fedpeat.core.errors import DataError
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
@@ -29,7 +28,7 @@ from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
-from fedpeat.federated.rounds import Federation
+from fedpeat.federated.rounds import Federation, Realign
 from fedpeat.federated.screening import Limits
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import Blocks, find_blocks
@@ -37,7 +36,7 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "make_controller", "make_federation", "set_up"]
+__all__ = ["Bench", "make_federation", "set_up"]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -245,27 +244,15 @@ def _emulators(
     return packages
 
 
-def make_controller(bench: Bench) -> Controller:
-    config = bench.config
-    participates = config.server.participates and bench.data.server is not None
-    return FixedController(
-        rung=next(iter(bench.packages), ""),
-        client_rungs=_client_rungs(bench),
-        fraction_train=config.federated.fraction_train,
-        local_steps=config.local.local_steps,
-        server_steps=(config.server.server_steps or config.local.local_steps)
-        if participates
-        else 0,
-        seed=config.seed,
-    )
-
-
-def _client_rungs(bench: Bench) -> dict[str, str]:
+def client_rungs(bench: Bench) -> dict[str, str]:
+    """Return the rung of each device that ``federated.client_rungs`` gives one, by its name."""
     names = [rung_name(ratio) for ratio in bench.config.federated.client_rungs]
     return dict(zip(sorted(bench.participants), cycle(names), strict=False))
 
 
-def make_federation(bench: Bench, controller: Controller) -> Federation:
+def make_federation(
+    bench: Bench, controller: Controller, realign: Realign | None = None
+) -> Federation:
     config = bench.config
     fed = config.federated
     transport: Transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
@@ -312,6 +299,7 @@ def make_federation(bench: Bench, controller: Controller) -> Federation:
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         settings=settings,
         server_training=server_training if bench.data.server is not None else None,
+        realign=realign if bench.data.server is not None and bench.packages else None,
         server_weight_ratio=config.server.weight_ratio,
         min_clients=fed.min_clients,
         deadline_seconds=fed.round_deadline_seconds,

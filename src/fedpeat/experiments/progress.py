@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,14 +18,15 @@ from fedpeat.core.wire import Payload
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.observer import Observer
-from fedpeat.experiments.realign import is_due, realigned
+from fedpeat.experiments.realign import realigned
 from fedpeat.federated.aggregation import LoraAggregation
 from fedpeat.federated.rounds import Federation, FederationState, is_better, peak_rss_bytes
+from fedpeat.federated.shelf import Rung
 from fedpeat.tuning.evaluation import Quality, evaluate
 
-__all__ = ["Progress", "begun", "checkpoint_of", "one_round", "resumed"]
+__all__ = ["Progress", "aligned_anew", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 4
+SCHEMA = 5
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -59,8 +61,7 @@ def one_round(
 ) -> Progress:
     num_rounds, every = bench.config.federated.num_rounds, bench.config.evaluation.every
     start = time.perf_counter()
-    refresh_bytes = _realign(bench, federation, progress.state, observer)
-    state, result = federation.run_round(progress.state, progress.best_quality)
+    state, result = federation.run_round(progress.state, _last_loss(progress, bench.task.metric))
     best, best_quality, record = progress.best, progress.best_quality, None
     if state.server_round % every == 0 or state.server_round == num_rounds:
         bench.server.load(state.adapter)
@@ -72,30 +73,35 @@ def one_round(
         if is_better(metric, quality.value(metric), best_quality):
             best, best_quality = state.adapter, quality.value(metric)
     elapsed = progress.history[-1]["elapsed_seconds"] + time.perf_counter() - start
-    line = asdict(
-        replace(result, quality=record, elapsed_seconds=elapsed, refresh_bytes=refresh_bytes)
-    )
+    line = asdict(replace(result, quality=record, elapsed_seconds=elapsed))
     observer.round(line, num_rounds)
     return Progress(state, best, best_quality, (*progress.history, line))
 
 
-def _realign(
-    bench: Bench, federation: Federation, state: FederationState, observer: Observer
-) -> dict[str, int]:
-    """Align the emulators anew if it is time; return how many bytes of each are new, by rung."""
-    server_round = state.server_round + 1
-    if not is_due(bench.config.server.realign_every, server_round):
-        return {}
-    new = realigned(bench, state.adapter, server_round)
+def aligned_anew(
+    bench: Bench, observer: Observer, adapter: State, server_round: int
+) -> tuple[Mapping[str, Rung], Mapping[str, int]]:
+    """Align the emulators anew; return them, and how many bytes of each are new, by rung."""
+    new = realigned(bench, adapter, server_round)
     num_bytes = {
         name: sum(len(part) for sha256, part in package.parts.items() if sha256 not in old.parts)
         for (name, package), old in zip(new.items(), bench.packages.values(), strict=True)
     }
     bench.packages.update(new)
-    federation.rungs = bench.rungs()
     told = ", ".join(f"{name} ({count:,} bytes)" for name, count in num_bytes.items())
     observer.message(f"aligned anew before round {server_round}: {told}")
-    return num_bytes
+    return bench.rungs(), num_bytes
+
+
+def _last_loss(progress: Progress, metric: str) -> float | None:
+    """Return the last known loss of the plug-in on held-out data [nat]."""
+    known = (line["quality"] for line in reversed(progress.history) if line["quality"])
+    quality = next(known, None)
+    if quality is None:
+        return None
+    if metric == "perplexity":
+        return math.log(quality["plug_in"])
+    return float(quality["plug_in_cross_entropy"])
 
 
 def _quality_record(quality: Quality, metric: str) -> dict[str, Any]:

@@ -22,18 +22,9 @@ from fedpeat.experiments.emulators import distill_settings
 from fedpeat.experiments.ladder import Ladder
 from fedpeat.tuning.distillation import Pair, distill
 
-__all__ = ["is_due", "realigned"]
+__all__ = ["realigned"]
 
 Packages = dict[str, EmulatorPackage]
-
-
-def is_due(every: int, server_round: int) -> bool:
-    """Say whether emulators are aligned anew before a round.
-
-    It is before a round and not after one, so that a run that ends here and is resumed for more
-    rounds does what an uninterrupted one does.
-    """
-    return every > 0 and server_round > 1 and (server_round - 1) % every == 0
 
 
 def realigned(bench: Bench, adapter: State, server_round: int) -> Packages:

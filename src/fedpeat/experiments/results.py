@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -104,9 +104,16 @@ def _costs(progress: Progress, setup_seconds: float) -> dict[str, Any]:
         "wall_seconds": setup_seconds + rounds[-1]["elapsed_seconds"],
         "peak_rss_bytes": peak_rss_bytes(),
         "tokens_per_second": num_tokens / round_seconds if round_seconds else None,
-        "simulated_seconds": None,
-        "simulated_joules": None,
+        **{
+            f"simulated_{name}": _simulated(rounds, name) for name in ("seconds", "joules", "bytes")
+        },
     }
+
+
+def _simulated(rounds: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the sum of a cost in the simulated world; None where there was none."""
+    costs = [line["simulated"][name] for line in rounds if line["simulated"]]
+    return sum(costs) if costs else None
 
 
 def quality_table(scores: Mapping[str, Quality | None], metric: str) -> dict[str, Any]:

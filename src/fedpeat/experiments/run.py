@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.experiments.bench import make_controller, make_federation, set_up
+from fedpeat.experiments.bench import make_federation, set_up
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import LogFile, Observer, Observers, Silent, TensorBoard
 from fedpeat.experiments.plugged import load_full_model
-from fedpeat.experiments.progress import begun, checkpoint_of, one_round, resumed
+from fedpeat.experiments.progress import aligned_anew, begun, checkpoint_of, one_round, resumed
 from fedpeat.experiments.results import gap_closed, mean_summary, summarize
+from fedpeat.experiments.steering import make_controller
 from fedpeat.experiments.tasks import task_of
 from fedpeat.report.page import write_report
 from fedpeat.tuning.evaluation import BESIDE
@@ -148,8 +150,11 @@ def _federated(
         stack.callback(board.close)
         observer = Observers([observer, board])
         controller = make_controller(bench)
+        if config.controller.policy:  # what was learnt, for the report
+            learnt = Path(config.controller.policy) / "controller.json"
+            write_atomically(folder.path / "controller.json", learnt.read_text())
         progress = resumed(bench, checkpoint, controller) or begun(bench)
-        federation = make_federation(bench, controller)
+        federation = make_federation(bench, controller, partial(aligned_anew, bench, observer))
         setup_seconds = time.perf_counter() - start
         while progress.state.server_round < config.federated.num_rounds:
             progress = one_round(bench, federation, progress, observer)

@@ -40,11 +40,21 @@ from fedpeat.federated.screening import Limits, check_held, check_num_examples, 
 from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
 
-__all__ = ["SERVER_ID", "Federation", "FederationState", "ServerTraining", "peak_rss_bytes"]
+__all__ = [
+    "SERVER_ID",
+    "Federation",
+    "FederationState",
+    "Realign",
+    "ServerTraining",
+    "peak_rss_bytes",
+]
 
 MAX_BARREN_ROUNDS = 3
 _MOST_REASONS = 3
 
+Realign = Callable[[State, int], tuple[Mapping[str, Rung], Mapping[str, int]]]
+"""Aligns the emulators anew: (adapter, coming round) -> all rungs, and the bytes of each that are
+new."""
 ServerTraining = Callable[[State, Part, int, int, int], Payload]
 """Trains the server's own part: (adapter, tuned, num_steps, first_step, seed) -> a reply of its
 own."""
@@ -73,6 +83,7 @@ class Federation:
         limits: What an update may be.
         settings: How participants train.
         server_training: The server's own part; None if it takes none.
+        realign: Aligns emulators anew when a plan asks for it; None if that cannot be.
         server_weight_ratio: Share of the average for the server; None for its number of examples.
         min_clients: Fewest accepted updates with which a round counts.
         deadline_seconds: Time for a round's replies [s]; None for no limit.
@@ -91,6 +102,7 @@ class Federation:
         limits: Limits,
         settings: LocalSettings,
         server_training: ServerTraining | None,
+        realign: Realign | None = None,
         server_weight_ratio: float | None,
         min_clients: int,
         deadline_seconds: float | None,
@@ -105,6 +117,7 @@ class Federation:
         self._limits = limits
         self._settings = settings
         self._server_training = server_training
+        self._realign = realign
         self._server_weight_ratio = server_weight_ratio
         self._min_clients = min_clients
         self._deadline_seconds = deadline_seconds
@@ -112,13 +125,13 @@ class Federation:
         self._seed = seed
 
     def run_round(
-        self, state: FederationState, quality: float | None
+        self, state: FederationState, loss: float | None
     ) -> tuple[FederationState, RoundResult]:
         """Run one round.
 
         Args:
             state: Where the run stands.
-            quality: Last known quality of the plug-in, for the controller.
+            loss: Last known held-out loss of the plug-in, for the controller [nat].
 
         Raises:
             AggregationError: If too few updates were accepted for the third time in a row, the
@@ -132,11 +145,10 @@ class Federation:
             for name, rung in self.rungs.items()
         }
         clients, warnings = self._ask(state, lasting, exchange)
-        observed = RoundObservation(
-            server_round, self._num_rounds, tuple(clients.values()), quality
-        )
+        observed = RoundObservation(server_round, self._num_rounds, tuple(clients.values()), loss)
         plan = self._controller.plan(observed)
         self._check_plan(server_round, plan, clients)
+        refresh_bytes = self._align(state, clients) if plan.realigns else {}
         outcomes = self._train(state, plan, clients, lasting, exchange)
         updates = [outcome for outcome in outcomes if outcome.accepted]
         weights: list[float] = []
@@ -146,6 +158,8 @@ class Federation:
             weights = shares(updates, self._server_weight_ratio, trust)
             new_state = self._aggregate(state, updates, weights)
             error = self._product_error(state, updates, weights)
+        elif clients and not plan.server_steps and all(client.lost for client in plan.cohort):
+            new_state = replace(state, server_round=server_round)  # as planned
         else:
             shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
             new_state = self._barren(state, updates, shortage)
@@ -165,8 +179,20 @@ class Federation:
             num_tokens=sum(r.num_tokens for r in participants),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
+            refresh_bytes=refresh_bytes,
+            simulated=plan.simulated,
             warnings=tuple(warnings),
         )
+
+    def _align(self, state: FederationState, clients: dict[str, ClientState]) -> Mapping[str, int]:
+        """Align the emulators anew; what devices hold of them is then no longer the rung."""
+        assert self._realign is not None, "checked with the plan"
+        old = self.rungs
+        self.rungs, refresh_bytes = self._realign(state.adapter, state.server_round + 1)
+        for client_id, client in clients.items():
+            held = (n for n in client.held_rungs if self.rungs[n].sha256 == old[n].sha256)
+            clients[client_id] = replace(client, held_rungs=tuple(held))
+        return refresh_bytes
 
     def _product_error(
         self, state: FederationState, updates: list[Outcome], weights: list[float]
@@ -246,6 +272,11 @@ class Federation:
             if wrong:
                 raise AggregationError(f"round {server_round}: the plan {wrong} client {name!r}")
             seen.add(name)
+        if plan.realigns and self._realign is None:
+            raise AggregationError(
+                f"round {server_round}: the plan aligns emulators anew, which needs data of the "
+                "server and an emulator that is not the full model"
+            )
         if plan.server_steps < 0:
             raise AggregationError(
                 f"round {server_round}: the plan's server_steps must be at least 0, "
@@ -264,7 +295,12 @@ class Federation:
         server_round = state.server_round + 1
         tuned = self._lora.tuned_part(server_round)
         starts = self._starts(state, plan)
-        unequipped = self._exchange_emulators(plan, clients, exchange)
+        lost = {
+            client.client_id: Reply(client.client_id, error=client.lost, lost=True)
+            for client in plan.cohort
+            if client.lost
+        }
+        unequipped = {**lost, **self._exchange_emulators(plan, clients, exchange)}
         ready = [client for client in plan.cohort if client.client_id not in unequipped]
         own: list[Payload] = []
         replies: dict[str, Reply | None] = {

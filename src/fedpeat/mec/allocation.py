@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 __all__ = ["equal_finish_shares", "finish_times_s", "uplink_s"]
 
 Array = np.ndarray
-_OUTER, _INNER = 14, 10
-_LEAST_SHARE, _TINY = 1e-9, 1e-300
+_MOST_PASSES, _STEPS, _TOLERANCE = 30, 2, 1e-6
+_NOTHING_S = 1e-200
+_LEAST_SNR = 1e-8  # below, the rate is snr / ln 2 whatever the share, to 8 digits
 
 
 def uplink_s(
@@ -26,7 +27,7 @@ def uplink_s(
         up_bits_per_hz: Bits to send, over the width of the whole band [bit/Hz].
         snr: Signal-to-noise ratio on the whole band, all power spread over it, linear.
     """
-    return np.asarray(up_bits_per_hz / (shares * np.log2(1 + snr / shares)))
+    return np.asarray(up_bits_per_hz * math.log(2) / (shares * np.log1p(snr / shares)))
 
 
 def finish_times_s(
@@ -63,8 +64,9 @@ def equal_finish_shares(
 
     Each time falls with its share, and the longest one is a convex function of the shares, so at
     the optimum the whole band is given out and all are done at once; only a device with nothing to
-    send gets nothing. That time is found outside, the shares that it takes inside, both by secants
-    between bounds, in logarithms, in which the curves are nearly straight.
+    send gets nothing. In 1 / w each time is concave and nearly straight. Each pass puts tangents in
+    place of the times and solves that: tangents lie above, so that the passes come down on the
+    optimum, each with about twice the digits of the one before.
 
     Args:
         fixed_s: As of ``finish_times_s``, as are the next three.
@@ -78,58 +80,55 @@ def equal_finish_shares(
 
     Source:
         Yang et al. (2019), Energy efficient federated learning over wireless communication networks
-        (arXiv:1911.02417), whose minimum-time problem is solved by bisection.
+        (arXiv:1911.02417), whose minimum-time problem is solved by bisection; tangents are ours.
     """
     used = active & (down_s + up_bits_per_hz > 0)
-    fixed, down, up = (np.where(used, part, 0.0) for part in (fixed_s, down_s, up_bits_per_hz))
-    gain = np.where(used, snr, 1.0)
-    whole = np.ones_like(gain)
-
-    def sending_s(shares: Array) -> Array:
-        return np.where(used, finish_times_s(shares, 0 * fixed, down, up, gain), 1.0)
-
-    def wanted(deadline_s: Array) -> Array:
-        """Return the least shares with which all are done in time."""
-        budget = np.where(used, np.maximum(deadline_s - fixed, _TINY), 1.0)
-        shares = _root(
-            lambda share: np.log(sending_s(np.exp(share)) / budget),
-            np.log(_LEAST_SHARE * whole),
-            np.zeros_like(gain),
-            _INNER,
+    fixed, down, up, gain = (
+        np.where(used, part, unused).reshape(-1, used.shape[-1]).T.copy()  # (devices, worlds)
+        for part, unused in (
+            (fixed_s, 0.0),
+            (down_s, _NOTHING_S),
+            (up_bits_per_hz * math.log(2), 0.0),
+            (np.maximum(snr, _LEAST_SNR), 1.0),
         )
-        return np.where(used, np.exp(shares), 0.0)
-
-    def last_s(shares: Array) -> Array:
-        finish = np.where(used, fixed + sending_s(shares), _TINY)
-        return np.asarray(finish.max(-1, keepdims=True))
-
-    finish = _root(
-        lambda log_s: np.log(np.maximum(wanted(np.exp(log_s)).sum(-1, keepdims=True), _TINY)),
-        np.log(last_s(whole)),
-        np.log(last_s(whole / np.maximum(used.sum(-1, keepdims=True), 1))),
-        _OUTER,
     )
-    shares = wanted(np.exp(finish))
-    return np.asarray(shares / np.maximum(shares.sum(-1, keepdims=True), _TINY))
+    inverse = np.full(fixed.shape, float(len(fixed)))  # 1 / w, from equal shares
+    finish = np.zeros(fixed.shape[1]), np.zeros(fixed.shape[1])
+    for _ in range(_MOST_PASSES):
+        before = inverse
+        ratio = gain * inverse
+        nats = np.log1p(ratio)
+        slope = down + up / nats * (1 - ratio / (1 + ratio) / nats)
+        start = fixed + (down + up / nats - slope) * inverse
+        inverse, finish = _straight(start, slope, finish)
+        if (np.abs(inverse - before) <= _TOLERANCE * inverse).all():
+            break
+    shares = np.where(used, (1 / inverse).T.reshape(used.shape), 0.0)
+    return np.asarray(shares / np.maximum(shares.sum(-1, keepdims=True), _NOTHING_S))
 
 
-def _root(falling: Callable[[Array], Array], low: Array, high: Array, iterations: int) -> Array:
-    """Return where a falling function is 0, between bounds, by the Illinois method.
+def _straight(
+    start: Float[Array, "devices worlds"],
+    slope: Float[Array, "devices worlds"],
+    guess: tuple[Float[Array, " worlds"], Float[Array, " worlds"]],
+) -> tuple[Float[Array, "devices worlds"], tuple[Float[Array, " worlds"], Float[Array, " worlds"]]]:
+    """Return 1 / w, and the time at which all with finish times start + slope / w are done.
+
+    That time T solves sum slope / (T - start) = 1. The reciprocal of the sum is concave and rises,
+    so that Newton's method on it comes up on T from below; the few steps taken here go on in the
+    next pass, from the guess. T is kept as the last start and the time beyond it, lest it lose its
+    digits where that is late.
 
     Source:
-        Dowell and Jarratt (1971), A modified regula falsi method.
+        Reinsch (1971), Smoothing by spline functions II: Newton's method on the reciprocal.
     """
-    above, below = falling(low), falling(high)
-    side = np.zeros(low.shape)
-    root = high
-    for _ in range(iterations):
-        width = above - below
-        straight = np.divide(above, width, out=np.full_like(above, 0.5), where=width > 0)
-        root = low + (high - low) * np.clip(straight, 0, 1)
-        value = falling(root)
-        left = value < 0  # the root is left of here
-        above = np.where(left, np.where(side > 0, above / 2, above), value)
-        below = np.where(left, value, np.where(side < 0, below / 2, below))
-        low, high = np.where(left, low, root), np.where(left, root, high)
-        side = np.where(left, 1, -1)
-    return root
+    last, total = start.max(0), slope.sum(0)
+    early = last - start
+    alone, alike = (slope - early).max(0), total - (slope * early).sum(0) / total
+    least = np.maximum(alone, alike)  # by the slowest alone, and by the mean start for all
+    beyond = np.maximum(least, guess[1] + (guess[0] - last))
+    for _ in range(_STEPS):
+        shares = slope / (beyond + early)
+        given = shares.sum(0)
+        beyond = np.maximum(least, beyond + (given - 1) * given / (shares**2 / slope).sum(0))
+    return (beyond + early) / slope, (last, beyond)

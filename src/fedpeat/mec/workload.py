@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -72,6 +73,22 @@ class WorkloadProfile:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise WorldError(f"workload: {name} must be finite, 0 or more, got {value}")
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain JSON data."""
+        return asdict(replace(self, rungs=tuple(self.rungs)))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> WorkloadProfile:
+        """Return what ``record`` was made of.
+
+        Raises:
+            WorldError: If it is damaged.
+        """
+        try:
+            return cls(**{**record, "rungs": [RungLoad(**rung) for rung in record["rungs"]]})
+        except (KeyError, TypeError) as error:
+            raise WorldError(f"the record of a workload is damaged: {error}") from error
 
     @property
     def num_rungs(self) -> int:

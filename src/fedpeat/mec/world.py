@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 
 from fedpeat.core.errors import WorldError
 from fedpeat.mec import channel
@@ -148,9 +149,10 @@ class RoundCost:
 class _State:
     """What changes from round to round."""
 
-    position_m: Float[np.ndarray, "worlds devices 2"]
+    distance_m: Reals
     shadowing_db: Reals
-    fading: Float[np.ndarray, "worlds devices 4"]  # in phase and quadrature, down and up
+    fading_down: Complex[np.ndarray, "worlds devices"]
+    fading_up: Complex[np.ndarray, "worlds devices"]
     utilisation: Reals
     free_memory_bytes: Reals
     battery_j: Reals
@@ -212,6 +214,7 @@ class EdgeWorld:
             )
         self._traits, self._state = self._drawn()
         self._snr = self._received()
+        self._feasible: tuple[_State, Bool[np.ndarray, "worlds devices rungs"]] | None = None
 
     # --- what can be seen of it --------------------------------------------------------------
 
@@ -239,7 +242,7 @@ class EdgeWorld:
     @property
     def distance_m(self) -> Reals:
         """Distance of each device from the base station [m]."""
-        return np.asarray(np.hypot(self._state.position_m[..., 0], self._state.position_m[..., 1]))
+        return self._state.distance_m
 
     @property
     def free_memory_bytes(self) -> Reals:
@@ -266,9 +269,14 @@ class EdgeWorld:
     @property
     def feasible(self) -> Bool[np.ndarray, "worlds devices rungs"]:
         """Which rungs each device could tune on now: it is there, and has the memory."""
-        fits = self._state.free_memory_bytes[..., None] >= self._rungs["memory_bytes"]
-        alive = self._state.present & (self._state.battery_j > 0)
-        return np.asarray(fits & alive[..., None])
+        if self._feasible is None or self._feasible[0] is not self._state:
+            fits = self._state.free_memory_bytes >= self._rungs["memory_bytes"][:, None, None]
+            self._feasible = self._state, np.moveaxis(fits & self._alive, 0, -1)
+        return self._feasible[1]
+
+    @property
+    def _alive(self) -> Flags:
+        return np.asarray(self._state.present & (self._state.battery_j > 0))
 
     # --- what happens to it ------------------------------------------------------------------
 
@@ -284,6 +292,16 @@ class EdgeWorld:
             cost = replace(cost, finished=cost.finished & ~fails)
         self._go_on(demand, cost)
         return cost
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all that changes or was drawn, by name; the stream of draws is not in it."""
+        return {**vars(self._traits), **vars(self._state)}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from what ``state`` returned."""
+        self._traits = _Traits(**{n: arrays[n] for n in vars(self._traits)})
+        self._state = _State(**{n: arrays[n] for n in vars(self._state)})
+        self._snr = self._received()
 
     def picked(self, rows: Int[np.ndarray, " picked"]) -> EdgeWorld:
         """Return worlds of their own that go on from some of these, perhaps repeated."""
@@ -305,9 +323,10 @@ class EdgeWorld:
         shape = (self.num_worlds, self.settings.num_devices)
         traits = _Traits(*(self._between(n) for n in ("clock_hz", "memory_bytes", "speed_m_s")))
         return traits, _State(
-            position_m=self._places(shape),
+            distance_m=self._distances(shape),
             shadowing_db=self._rng.standard_normal(shape) * SHADOWING_DB,
-            fading=self._rng.standard_normal((*shape, 4)) * np.sqrt(0.5),
+            fading_down=channel.fresh_fading(shape, self._rng),
+            fading_up=channel.fresh_fading(shape, self._rng),
             utilisation=self._between("utilisation_ratio"),
             free_memory_bytes=traits.memory_bytes * self._between("free_memory_ratio"),
             battery_j=np.broadcast_to(self._common["battery_j"], shape).copy(),
@@ -317,21 +336,20 @@ class EdgeWorld:
 
     def _between(self, name: str) -> Reals:
         shape = (self.num_worlds, self.settings.num_devices)
-        return self._rng.uniform(self._common[name], self._common[f"{name}_high"], shape)
+        low, high = self._common[name], self._common[f"{name}_high"]
+        return np.asarray(low + (high - low) * self._rng.random(shape))
 
-    def _places(self, shape: tuple[int, ...]) -> Float[np.ndarray, "worlds devices 2"]:
-        """Return places that are uniform over the cell."""
-        radius = self.settings.radius_m * np.sqrt(self._rng.random(shape))
-        angle = 2 * np.pi * self._rng.random(shape)
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    def _distances(self, shape: tuple[int, ...] | int) -> Float[np.ndarray, ...]:
+        """Return distances of places that are uniform over the cell."""
+        return np.asarray(self.settings.radius_m * np.sqrt(self._rng.random(shape)))
 
     def _received(self) -> tuple[Reals, Reals]:
         """Return the signal-to-noise ratios on the whole bands, down and up."""
         loss_db = channel.path_loss_db(self.distance_m) + self._state.shadowing_db
         gain = channel.linear(-loss_db)
         down, up = (
-            gain * (self._state.fading[..., part] ** 2).sum(-1)
-            for part in (slice(0, 2), slice(2, 4))
+            gain * (fading.real**2 + fading.imag**2)
+            for fading in (self._state.fading_down, self._state.fading_up)
         )
         settings = self.settings
         power_down = BASE_STATION_POWER_W / (NOISE_DENSITY_W_HZ * settings.down_bandwidth_hz)
@@ -345,10 +363,11 @@ class EdgeWorld:
             WorldError: If a device is asked for what is not feasible.
         """
         settings, active = self.settings, demand.takes_part
-        possible = np.take_along_axis(self.feasible, demand.rung[..., None], -1)[..., 0]
+        of_rung = {name: values[demand.rung] for name, values in self._rungs.items()}
+        possible = self._alive & (self._state.free_memory_bytes >= of_rung.pop("memory_bytes"))
         if bool((active & ~possible).any()):
             raise WorldError("a device is asked to tune on a rung that it cannot hold now")
-        asked = {name: np.where(active, v[demand.rung], 0.0) for name, v in self._rungs.items()}
+        asked = {name: np.where(active, values, 0.0) for name, values in of_rung.items()}
         exchanged = np.where(active, self._exchanged(demand), 0.0)
         down_bytes = asked["adapter_down_bytes"] + exchanged
         compute_s = demand.local_steps * asked["step_flops"] / self.flops_per_s
@@ -395,6 +414,8 @@ class EdgeWorld:
     def _exchanged(self, demand: Demand) -> Reals:
         """Return the bytes of emulator that each device lacks."""
         lacking = self.workload.exchange_bytes[self._state.held, demand.rung]
+        if not demand.realigns.any():
+            return np.asarray(lacking)
         aligned = demand.realigns[:, None] & (self._state.held != NONE_HELD)
         return np.asarray(lacking + np.where(aligned, self.workload.fresh_bytes[demand.rung], 0.0))
 
@@ -412,23 +433,24 @@ class EdgeWorld:
             self._state = state
             return
         moved_m = np.where(common["moves"] > 0, self._traits.speed_m_s * elapsed, 0.0)
-        angle = 2 * np.pi * rng.random(moved_m.shape)
-        position = state.position_m + np.stack(
-            [moved_m * np.cos(angle), moved_m * np.sin(angle)], axis=-1
-        )
-        outside = np.hypot(position[..., 0], position[..., 1]) > self.settings.radius_m
-        position = np.where(outside[..., None], self._places(moved_m.shape), position)
+        # the distance after a step at an angle to the way from the base station, any as likely
+        radial_m = moved_m * channel.cosine(2 * np.pi * rng.random(moved_m.shape))
+        squared_m2 = state.distance_m**2 + moved_m**2 + 2 * state.distance_m * radial_m
+        distance_m = np.sqrt(np.maximum(squared_m2, 0))
+        outside = distance_m > self.settings.radius_m
+        distance_m[outside] = self._distances(int(outside.sum()))
         faded = channel.fading_correlation(self._traits.speed_m_s, CARRIER_HZ, elapsed)
         stays = rng.random(moved_m.shape) >= np.where(
             state.present, common["leaves_ratio"], 1 - common["returns_ratio"]
         )
         self._state = replace(
             state,
-            position_m=position,
+            distance_m=distance_m,
             shadowing_db=channel.next_shadowing(
                 state.shadowing_db, channel.shadowing_correlation(moved_m), SHADOWING_DB, rng
             ),
-            fading=channel.next_fading(state.fading, faded, rng),
+            fading_down=channel.next_fading(state.fading_down, faded, rng),
+            fading_up=channel.next_fading(state.fading_up, faded, rng),
             utilisation=self._between("utilisation_ratio"),
             free_memory_bytes=self._traits.memory_bytes * self._between("free_memory_ratio"),
             present=stays,
