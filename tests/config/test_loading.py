@@ -120,6 +120,35 @@ ODD = {
     "evaluation": {"every": 2, "batch_size": 4, "full_tuned": False},
 }
 FOR_LORA_ALONE = {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 2]}}
+IN_A_WORLD = {
+    "world": {
+        "preset": "iot",
+        "radius_m": 77.5,
+        "down_bandwidth_hz": 1e6,
+        "up_bandwidth_hz": 2e6,
+        "deadline_s": 1.5,
+        "server_flops_per_s": 1e12,
+        "server_power_w": 99.0,
+        "workload_scale": 1e3,
+    },
+    "controller": {
+        "kind": "sabppo",
+        "policy": "yes",
+        "local_steps": [3],
+        "server_steps": [1, 2],
+        "realigns": True,
+        "bandwidth": "branch",
+        "time_weight": 0.0,
+        "energy_weight": 1e-5,
+        "bytes_weight": 3.0,
+        "network": "mlp",
+        "ratio": "joint",
+        "total_steps": 7,
+        "num_envs": 3,
+        "num_policies": 2,
+    },
+    "calibration": {"num_federations": 5, "num_rounds": 4, "num_members": 3, "max_error": 1e-3},
+}
 
 
 @pytest.fixture
@@ -155,15 +184,18 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
-    odd, default = leaves(ODD) | leaves(FOR_LORA_ALONE), leaves(config_to_dict(Config()))
+    odd, default = (
+        leaves(ODD) | leaves(FOR_LORA_ALONE) | leaves(IN_A_WORLD),
+        leaves(config_to_dict(Config())),
+    )
     assert sorted(odd) == sorted(default) == sorted(setting_types())
     assert [name for name in odd if odd[name] == default[name]] == []
 
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), config_from_dict(ODD), config_from_dict(FOR_LORA_ALONE)],
-    ids=["default", "odd", "for LoRA alone"],
+    [Config(), *map(config_from_dict, (ODD, FOR_LORA_ALONE, IN_A_WORLD))],
+    ids=["default", "odd", "for LoRA alone", "in a world"],
 )
 def test_settings_written_as_yaml_are_read_back_equal(config: Config, file: Path) -> None:
     assert read(file, config_to_yaml(config)) == config

@@ -70,6 +70,23 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.server_tau": ([0.0, -1.0], [1e-9]),
     "evaluation.every": ([0], [1]),
     "evaluation.batch_size": ([0], [1]),
+    "world.radius_m": ([0.0, -1.0], [1e-3]),
+    "world.down_bandwidth_hz": ([0.0, -1.0], [1e-3]),
+    "world.up_bandwidth_hz": ([0.0, -1.0], [1e-3]),
+    "world.deadline_s": ([0.0, -1.0], [0.1, None]),
+    "world.server_flops_per_s": ([0.0, -1.0], [1e-3]),
+    "world.server_power_w": ([0.0, -1.0], [1e-3]),
+    "world.workload_scale": ([0.0, -1.0], [1e-9]),
+    "controller.time_weight": ([-0.1], [0.0]),
+    "controller.energy_weight": ([-0.1], [0.0]),
+    "controller.bytes_weight": ([-0.1], [0.0]),
+    "controller.total_steps": ([0], [1]),
+    "controller.num_envs": ([0], [1]),
+    "controller.num_policies": ([0], [1]),
+    "calibration.num_federations": ([0], [1]),
+    "calibration.num_rounds": ([0], [1]),
+    "calibration.num_members": ([0], [1]),
+    "calibration.max_error": ([0.0, -1.0], [1e-9]),
 }
 REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
 ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]
