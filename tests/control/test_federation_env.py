@@ -58,8 +58,8 @@ def test_an_environment_alone_is_one_world_of_many() -> None:
         assert all((obs[name] == last[name][0]).all() for name in obs)
         assert [reward, terminated, truncated] == [float(part[0]) for part in several[1:4]]
         assert info["loss"] == several[4]["loss"]
-    assert truncated
-    assert not terminated
+    assert terminated
+    assert not truncated
 
 
 def test_the_return_is_the_share_of_the_way_to_the_floor() -> None:
@@ -154,13 +154,13 @@ def test_shares_of_the_band_go_by_the_weights_and_none_beat_the_optimal_ones() -
     assert (optimal <= np.minimum(seconds["all 1"], seconds["first 8"]) * (1 + 1e-4)).all()
 
 
-def test_an_episode_is_cut_at_the_horizon_and_the_next_one_begins() -> None:
+def test_an_episode_ends_with_the_horizon_and_the_next_one_begins() -> None:
     env = many(4, horizon=2)
     env.reset(seed=0)
     env.step(action(env, server_steps=3))
     obs, _, terminated, truncated, info = env.step(action(env, server_steps=3))
-    assert truncated.all()
-    assert not terminated.any()
+    assert terminated.all()
+    assert not truncated.any()
     assert info["_final_obs"].all()
     assert (info["final_obs"]["world"][:, 0] == 1).all()
     assert (obs["world"][:, 0] == 0).all()

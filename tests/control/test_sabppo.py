@@ -32,6 +32,7 @@ from fedpeat.control.sabppo import (
     SabppoSettings,
     _advantages,
     _clipped_loss,
+    _entropy,
     _relevant,
     train_sabppo,
 )
@@ -296,3 +297,24 @@ def test_the_same_seed_trains_the_same_policy_and_leaves_the_random_stream_alone
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SabppoSettings(**changes)
+
+
+@pytest.mark.parametrize("kind", ["set", "mlp"])
+def test_a_fresh_policy_would_rather_have_devices_take_part(kind: NetworkKind) -> None:
+    there = env(num_envs=64)
+    chances, _ = make_policy(kind, there.process).log_probs(*seen(there))
+    able = there.process.world.feasible.any(-1)
+    joins = chances[0][..., 1].exp()[torch.from_numpy(able)]
+    assert joins.min() > 0.6
+    assert joins.max() < 0.85
+    for others in chances[3:]:
+        even = 1 / others.shape[-1]
+        assert torch.allclose(others.exp(), torch.tensor(even), atol=0.1)
+
+
+def test_entropy_weighs_a_branch_as_much_however_many_devices_there_are() -> None:
+    for count in (3, 30):
+        even = torch.full((4, count, 2), 0.5).log()
+        total, mean = _entropy([even], [torch.ones(4, count, dtype=torch.bool)])
+        assert float(total) == pytest.approx(count)
+        assert float(mean) == pytest.approx(1)

@@ -34,7 +34,8 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
     An observation is a dictionary: ``devices`` (worlds, devices, features), ``world`` (worlds,
     features) and ``mask`` (worlds, choices), which is 1 where a choice of a branch is feasible. An
     action has one index for each branch (worlds, branches). A device that is asked for what it
-    cannot do sits out. A world whose episode ends begins the next one in the same step; its last
+    cannot do sits out. The last round of the horizon ends an episode as a spent budget does: it is
+    seen, and nothing counts after it. A world whose episode ends begins the next one in the same step; its last
     observation is ``info["final_obs"]``.
 
     Args:
@@ -60,8 +61,8 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
     ) -> None:
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.num_envs = num_envs
-        self._parts = world, workload, quality, settings
-        self.process = FederationProcess(*self._parts, num_envs, seed)
+        self.parts = world, workload, quality, settings
+        self.process = FederationProcess(*self.parts, num_envs, seed)
         self.branches = self.process.branches
         sample = self.process.observe()
         self.single_observation_space = spaces.Dict(
@@ -78,7 +79,7 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
 
     def resized(self, num_envs: int) -> FederationVectorEnv:
         """Return an environment like this one with another number of worlds."""
-        return FederationVectorEnv(*self._parts, num_envs)
+        return FederationVectorEnv(*self.parts, num_envs)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -106,18 +107,16 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
         after = process.loss_after(demand, cost.finished)
         rewards = process.rewards(cost, after)
         process.settle(demand, cost, after)
-        terminations = process.is_over_budget
-        truncations = ~terminations & (process.episode.num_rounds >= process.settings.horizon)
+        ended = process.is_over
         info: dict[str, Any] = {
             "loss": after,
             "num_finished": cost.finished.sum(-1),
             **dict(zip(COSTS, cost.totals.T, strict=True)),
         }
-        ended = terminations | truncations
         if ended.any():
             info |= {"final_obs": process.observe(), "_final_obs": ended}
             process.begin_again(ended)
-        return process.observe(), rewards, terminations, truncations, info
+        return process.observe(), rewards, ended, np.zeros_like(ended), info
 
 
 class FederationEnv(gym.Env[Observation, Array]):

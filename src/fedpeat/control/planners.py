@@ -200,9 +200,9 @@ def episode_returns(
     env.reset(seed=seed)
     returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, dtype=bool)
     while running.any():
-        _, rewards, terminated, truncated, _ = env.run_round(planner.choose(env.process))
+        _, rewards, ended, _, _ = env.run_round(planner.choose(env.process))
         returns += rewards * running
-        running &= ~(terminated | truncated)
+        running &= ~ended
     return returns
 
 

@@ -48,6 +48,7 @@ class Policy(nn.Module):
     world_mean: Tensor
     world_square: Tensor
     count: Tensor
+    device_head: nn.Linear
 
     def __init__(
         self, num_device_features: int, num_world_features: int, branches: Branches
@@ -204,9 +205,17 @@ class MlpPolicy(Policy):
 
 
 def make_policy(kind: NetworkKind, process: FederationProcess) -> Policy:
-    """Return a fresh policy for what an environment shows and lets choose."""
+    """Return a fresh policy for what a process shows and lets choose.
+
+    Devices are likelier to take part than not: what several do together, and none alone, is found
+    only if several do it.
+    """
     made = {"set": SetPolicy, "mlp": MlpPolicy}[kind]
-    return made(len(process.features["devices"]), len(process.features["world"]), process.branches)
+    features = process.features
+    policy = made(len(features["devices"]), len(features["world"]), process.branches)
+    with torch.no_grad():  # takes_part is the first branch of a device
+        policy.device_head.bias.view(-1, sum(process.branches.device.values()))[:, 1] += 1
+    return policy
 
 
 def save_policy(policy: Policy, process: FederationProcess, folder: Path) -> None:

@@ -312,9 +312,10 @@ class FederationProcess:
         )
 
     @property
-    def is_over_budget(self) -> Bool[np.ndarray, " worlds"]:
-        """Which episodes have spent all that they may of something."""
-        return np.asarray((self.episode.spent >= self._budgets).any(-1))
+    def is_over(self) -> Bool[np.ndarray, " worlds"]:
+        """Which episodes have had all their rounds, or spent all that they may of something."""
+        spent = (self.episode.spent >= self._budgets).any(-1)
+        return np.asarray(spent | (self.episode.num_rounds >= self.settings.horizon))
 
     def picked(self, rows: Int[np.ndarray, " picked"]) -> FederationProcess:
         """Return a process of its own that goes on from some of the worlds, perhaps repeated."""

@@ -35,7 +35,7 @@ class SabppoSettings:
         total_steps: Rounds of all worlds together.
         num_steps: Rounds of each world between two updates.
         learning_rate: Step size of Adam, falling to 0 in a line.
-        gamma: Discount of a round.
+        gamma: Discount of a round; an episode's horizon is known, so there need be none.
         gae_lambda: Decay of generalised advantages.
         num_minibatches: Parts of what was collected, one gradient step each.
         update_epochs: Times that all is gone through.
@@ -55,7 +55,7 @@ class SabppoSettings:
     total_steps: int = 1_000_000
     num_steps: int = 32
     learning_rate: float = 1e-3
-    gamma: float = 0.99
+    gamma: float = 1.0
     gae_lambda: float = 0.95
     num_minibatches: int = 4
     update_epochs: int = 4
@@ -142,14 +142,9 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
             with torch.no_grad():
                 chances, value = policy.log_probs(*tensors)
             choices = choose(chances, generator)
-            obs, reward, terminated, truncated, info = env.step(policy.action(choices).numpy())
-            done = terminated | truncated
+            obs, reward, done, _, _ = env.step(policy.action(choices).numpy())
             returns += reward
             scaled = torch.from_numpy(scale.seen(reward, done)).float()
-            if truncated.any():  # a time limit is no end: what would have followed still counts
-                with torch.no_grad():
-                    _, last = policy.log_probs(*tensors_of(info["final_obs"]))
-                scaled += settings.gamma * last * torch.from_numpy(truncated)
             finished += returns[done].tolist()
             returns[done] = 0
             seen.append(tensors)
@@ -190,8 +185,8 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
                 ]
                 policy_loss, clipped, kl = _clipped_loss(differences, relevant, advantage, settings)
                 value_loss = (value - flat_targets[rows]).square().mean()
-                entropy = _entropy(chances, relevant)
-                loss = policy_loss + settings.vf_coef * value_loss - settings.ent_coef * entropy
+                total, entropy = _entropy(chances, relevant)
+                loss = policy_loss + settings.vf_coef * value_loss - settings.ent_coef * total
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
@@ -274,8 +269,12 @@ def _clipped_loss(
     return -objective.sum(1).mean(), clipped, kl
 
 
-def _entropy(chances: list[Tensor], relevant: list[Tensor]) -> Tensor:
-    """Return the mean entropy of the branches, each over the logarithm of its size."""
+def _entropy(chances: list[Tensor], relevant: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the entropies of all branches, each over the logarithm of its size: sum and mean.
+
+    The sum, of a world on average, is what an objective that sums over branches is to be weighed
+    against: a branch then explores as much whether there are 5 devices or 500.
+    """
     entropies = [
         (-(chance.exp() * chance).sum(-1) / math.log(chance.shape[-1]), own)
         for chance, own in zip(chances, relevant, strict=True)
@@ -283,7 +282,8 @@ def _entropy(chances: list[Tensor], relevant: list[Tensor]) -> Tensor:
     ]
     values = torch.cat([value for value, _ in entropies], dim=1)
     counted = torch.cat([own for _, own in entropies], dim=1)
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+    total = (values * counted).sum()
+    return total / len(values), total / counted.sum().clamp(min=1)
 
 
 def _advantages(
