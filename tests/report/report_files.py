@@ -60,3 +60,8 @@ def summary(**quality: Any) -> Line:
 
 def three_rounds() -> list[Line]:
     return [round_line(0, 34.9, participants=[]), round_line(1, 28.0), round_line(2, 22.0)]
+
+
+def figure(page: str, caption: str) -> str:
+    """Return the first figure of a page whose caption begins so."""
+    return page[page.index(f"<figcaption>{caption}") :].partition("</figure>")[0]

@@ -342,7 +342,7 @@ def test_colours_have_the_contrast_that_wcag_asks_for(scheme: int) -> None:
     colors = dict(re.findall(r"--(\w+): (#\w+)", blocks[scheme]))
     for ground in ("page", "panel", "wash"):
         for name, least in [(text, 4.5) for text in ("ink", "muted", "blue", "green", "red")] + [
-            (mark, 3.0) for mark in ("orange", "purple", "faint")
+            (mark, 3.0) for mark in ("orange", "purple", "faint", "r0", "r1", "r2", "r3")
         ]:
             pair = sorted((luminance(colors[name]), luminance(colors[ground])))
             assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least, (name, ground)

@@ -35,8 +35,8 @@ class FederationVectorEnv(VectorEnv[Observation, Array, Array]):
     features) and ``mask`` (worlds, choices), which is 1 where a choice of a branch is feasible. An
     action has one index for each branch (worlds, branches). A device that is asked for what it
     cannot do sits out. The last round of the horizon ends an episode as a spent budget does: it is
-    seen, and nothing counts after it. A world whose episode ends begins the next one in the same step; its last
-    observation is ``info["final_obs"]``.
+    seen, and nothing counts after it. A world whose episode ends begins the next one in the same
+    step; its last observation is ``info["final_obs"]``.
 
     Args:
         world: What the cell is like.

@@ -23,7 +23,16 @@ __all__ = ["compare"]
 
 QUALITIES = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in")
 BESIDE_PLUG_IN = {"perplexity": ("bits_per_byte",), "accuracy": ("cross_entropy",)}
-COSTS = ("bytes_down", "bytes_up", "peak_rss_bytes", "wall_seconds", "num_tokens")
+COSTS = (
+    "bytes_down",
+    "bytes_up",
+    "peak_rss_bytes",
+    "wall_seconds",
+    "num_tokens",
+    "simulated_seconds",
+    "simulated_joules",
+    "simulated_bytes",
+)
 
 
 def compare(

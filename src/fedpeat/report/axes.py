@@ -10,6 +10,7 @@ __all__ = [
     "AxisUnit",
     "Scale",
     "bytes_unit",
+    "joules_unit",
     "nice_ticks",
     "padded_range",
     "seconds_unit",
@@ -49,6 +50,11 @@ class AxisUnit:
 def bytes_unit(largest: float) -> AxisUnit:
     """Return the decimal unit in which the largest value is 1 or more."""
     return _unit(largest, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
+
+
+def joules_unit(largest: float) -> AxisUnit:
+    """Return the decimal unit in which the largest value is 1 or more."""
+    return _unit(largest, (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0)))
 
 
 def seconds_unit(largest: float) -> AxisUnit:

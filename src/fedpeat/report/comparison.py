@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from fedpeat.report.axes import Scale, nice_ticks, padded_range
+from fedpeat.report.compared_costs import ComparedRun, compared_costs, load_compared
 from fedpeat.report.fields import Fields, parse_object, read_text
 from fedpeat.report.headline import is_better
 from fedpeat.report.intervals import Estimate, estimate
@@ -20,12 +21,13 @@ from fedpeat.report.quantities import (
     NOT_MEASURED,
     bytes_text,
     count_text,
+    joules_text,
     number_text,
     quality_text,
     ratio_text,
     seconds_text,
 )
-from fedpeat.report.records import METRICS, QUALITIES, UNITS
+from fedpeat.report.records import METRICS, QUALITIES, UNITS, Cost
 
 __all__ = ["comparison_markdown", "render_comparison", "write_comparison"]
 
@@ -43,11 +45,19 @@ _COLUMNS: Final = (
     ("wall_seconds", "Wall time"),
     ("peak_rss_bytes", "Peak memory"),
     ("num_tokens", "Tokens"),
+    ("simulated_seconds", "Simulated time"),
+    ("simulated_joules", "Simulated energy"),
+    ("simulated_bytes", "Simulated bytes"),
 )
+_SIMULATED: Final = ("simulated_seconds", "simulated_joules", "simulated_bytes")
 _ROW_HEIGHT, _AXIS_HEIGHT = 58, 46
 _INSET_PERCENT = 2.0
 _ALWAYS: Final = ("plug_in", "full_zero_shot")
 """Measured in every run, so that null, which JSON has for NaN, means not finite."""
+_COSTS_LEAD: Final = (
+    "Plug-in quality on the validation split, against what a run had spent by then; a line per "
+    "seed, as runs of one method spend differently."
+)
 _DIMENSIONLESS: Final = (*QUALITIES, "bits_per_byte", "cross_entropy", "gap_closed")
 
 
@@ -88,7 +98,14 @@ def write_comparison(folder: Path) -> Path:
     """
     path = Path(folder) / "comparison.json"
     comparison = _comparison(parse_object(read_text(path), str(path)))
-    return write_page(path.with_suffix(".html"), _page(comparison, path.parent.resolve().name))
+    loaded = [
+        load_compared(path.parent, row.method, seed)
+        for row in comparison.rows
+        for seed in row.seeds
+    ]
+    runs = [run for run in loaded if run]
+    page = _page(_with_costs(comparison, runs), path.parent.resolve().name, runs)
+    return write_page(path.with_suffix(".html"), page)
 
 
 def render_comparison(data: Mapping[str, object], name: str) -> str:
@@ -145,6 +162,25 @@ def _row(fields: Fields) -> Row:
     return Row(fields.text("method"), seeds, values)
 
 
+def _with_costs(comparison: Comparison, runs: Sequence[ComparedRun]) -> Comparison:
+    """Take what rows do not tell of simulated costs from the summaries of the runs themselves."""
+    costs: dict[tuple[str, float | None], Cost] = {
+        (one.method, one.seed): one.run.summary.cost for one in runs if one.run.summary is not None
+    }
+
+    def known(row: Row, name: str) -> tuple[float | None, ...]:
+        return tuple(
+            getattr(costs.get((row.method, seed)), name, None) if value is None else value
+            for seed, value in zip(row.seeds, row.values[name], strict=True)
+        )
+
+    rows = tuple(
+        replace(row, values={**row.values, **{name: known(row, name) for name in _SIMULATED}})
+        for row in comparison.rows
+    )
+    return replace(comparison, rows=rows)
+
+
 def _measured_columns(comparison: Comparison) -> list[tuple[str, str]]:
     """The plug-in always; another column if a method has it."""
     return [
@@ -165,6 +201,8 @@ def _wording(name: str, metric: str) -> Callable[[float | None], str]:
     wordings: dict[str, Callable[[float | None], str]] = {
         "gap_closed": ratio_text,
         "wall_seconds": seconds_text,
+        "simulated_seconds": seconds_text,
+        "simulated_joules": joules_text,
         "num_tokens": count_text,
         "bits_per_byte": number_text,
         "cross_entropy": number_text,
@@ -218,16 +256,19 @@ def _markdown_text(text: str) -> str:
     return escaped
 
 
-def _page(comparison: Comparison, name: str) -> str:
+def _page(comparison: Comparison, name: str, runs: Sequence[ComparedRun] = ()) -> str:
     header = element(
         "header",
         element("p", "fedpeat comparison ", element("b", name), class_="over"),
         element("h1", _headline(comparison)),
         element("p", _caption(comparison), class_="meta"),
     )
+    num_runs = sum(len(row.seeds) for row in comparison.rows)
+    costs = compared_costs(runs, comparison.metric, num_runs)
     chart_lead = "Dots are seeds, the filled dot is their mean, the bar its 95 % interval."
     sections = (
         section(f"Plug-in {comparison.metric}", chart_lead, _chart(comparison)),
+        *([section("In the simulated world", _COSTS_LEAD, costs)] if costs else []),
         section("Numbers", "", _table(comparison)),
     )
     return document(f"{name} - fedpeat", join([header, *sections]))

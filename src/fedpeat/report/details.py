@@ -10,6 +10,7 @@ from fedpeat.report.overview import cost_of
 from fedpeat.report.quantities import (
     bytes_text,
     count_text,
+    joules_text,
     number_text,
     quality_text,
     ratio_text,
@@ -183,7 +184,9 @@ def _cost_facts(run: RunData) -> list[tuple[str, str]]:
     if cost.simulated_seconds is not None:
         pairs.append(("Simulated time", seconds_text(cost.simulated_seconds)))
     if cost.simulated_joules is not None:
-        pairs.append(("Simulated energy", f"{number_text(cost.simulated_joules, 3)} J"))
+        pairs.append(("Simulated energy", joules_text(cost.simulated_joules)))
+    if cost.simulated_bytes is not None:
+        pairs.append(("Simulated bytes", bytes_text(cost.simulated_bytes)))
     return pairs
 
 

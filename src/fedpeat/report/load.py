@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedpeat.core.errors import DataError
 from fedpeat.report.audit import load_audit
+from fedpeat.report.controller import load_trained
 from fedpeat.report.fields import Fields, parse_object, read_text
 from fedpeat.report.records import (
     BESIDE,
@@ -22,6 +23,7 @@ from fedpeat.report.records import (
     Quality,
     RoundRecord,
     RunData,
+    Spent,
     Summary,
 )
 
@@ -82,6 +84,7 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         summary=summary,
         reference=reference,
         audit=load_audit(folder),
+        trained=load_trained(folder),
         notes=lines.notes() if lines else (),
     )
 
@@ -156,8 +159,13 @@ def _round(fields: Fields, quality: Fields | None) -> RoundRecord:
         seconds=fields.amount("seconds"),
         elapsed_seconds=fields.amount("elapsed_seconds"),
         peak_rss_bytes=fields.amount("peak_rss_bytes"),
+        simulated=_spent(fields.child("simulated") or Fields({}, fields.where)),
         warnings=fields.texts("warnings"),
     )
+
+
+def _spent(fields: Fields) -> Spent:
+    return fields.amount("seconds"), fields.amount("joules"), fields.amount("bytes")
 
 
 def _participation(fields: Fields) -> Participation:
@@ -244,6 +252,7 @@ def _cost(fields: Fields) -> Cost:
         tokens_per_second=fields.amount("tokens_per_second"),
         simulated_seconds=fields.amount("simulated_seconds"),
         simulated_joules=fields.amount("simulated_joules"),
+        simulated_bytes=fields.amount("simulated_bytes"),
     )
 
 

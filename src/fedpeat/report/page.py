@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeat.core.errors import StorageError
@@ -16,6 +17,7 @@ from fedpeat.report.details import (
     rounds_section,
     versions_section,
 )
+from fedpeat.report.habits import habits_section
 from fedpeat.report.headline import headline, remarks
 from fedpeat.report.load import load_run
 from fedpeat.report.markup import Html, element, join, literal
@@ -23,12 +25,24 @@ from fedpeat.report.overview import checks_section, key_figures, qualities_secti
 from fedpeat.report.participation import participation_section
 from fedpeat.report.quantities import count_text, number_text
 from fedpeat.report.records import RunData
+from fedpeat.report.simulated import has_simulated, simulated_lead, simulated_section
 from fedpeat.report.style import STYLE
+from fedpeat.report.training import training_section
 
 __all__ = ["document", "render_report", "section", "write_page", "write_report"]
 
 # the page loads nothing and runs nothing, whatever a file of the run contains
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+_TRAINED = (
+    "In the simulated world, before this run. While it is trained, a policy still tries things "
+    "out; the controllers are then compared by their means over simulated runs, with 95 % "
+    "intervals."
+)
+_LEARNT = (
+    "Mean probabilities of the policy in simulated runs, over bins of as many devices each. Rung "
+    "and local steps count only for a device that takes part."
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -88,6 +102,7 @@ def render_report(run: RunData) -> str:
             else []
         ),
         section("Who took part when", "", participation_section(run)),
+        *_simulated_sections(run),
         section("Sizes and cost", "", facts_section(run)),
         section("Rounds", "", rounds_section(run)),
         section("Configuration", "", config_section(run)),
@@ -129,6 +144,18 @@ def document(title: str, content: Html) -> str:
     )
     body = element("body", element("main", content, footer))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _simulated_sections(run: RunData) -> Iterator[Html]:
+    """Yield what is only there in a simulated world, and where a controller was trained in it."""
+    if has_simulated(run):
+        title = "What it cost in the simulated world"
+        yield section(title, simulated_lead(run), simulated_section(run))
+    if run.trained:
+        yield section("How the controllers were trained", _TRAINED, training_section(run.trained))
+        if run.trained.habits:
+            habits = habits_section(run.trained.habits)
+            yield section("What the policy has learnt", _LEARNT, habits)
 
 
 def _quality_lead(run: RunData) -> str:

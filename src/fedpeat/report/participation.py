@@ -1,4 +1,8 @@
-"""Who took part when: a row per participant, a mark per round, by shape and colour."""
+"""Who took part when: a row per participant, a mark per round, by shape and colour.
+
+Where devices hold different rungs, an accepted update is a bar: the larger the rung, the higher and
+the stronger in colour.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fedpeat.report.markup import Html, element, join
 from fedpeat.report.quantities import bytes_text, count_text, number_text, seconds_text
 from fedpeat.report.records import STATUSES, UNITS, Participation, RoundRecord, RunData
-from fedpeat.report.rungs import rungs_of, rungs_table
+from fedpeat.report.rungs import by_size, rungs_of, rungs_table, shade_of
 
 __all__ = ["participation_section"]
 
@@ -18,7 +22,10 @@ _MOST_ROWS = 128
 _MOST_ROUNDS = 400
 _MOST_REASONS = 40
 _MOST_NAME = 60
-_WIDEST, _NARROWEST, _ROOM = 22.0, 9.0, 680.0
+_MOST_RUNGS = 12
+_MANY_ROWS = 24
+"""From so many participants on, rows are low."""
+_WIDEST, _WIDEST_OF_MANY, _NARROWEST, _ROOM = 22.0, 15.0, 9.0, 680.0
 
 Key = tuple[str, str]
 
@@ -32,13 +39,19 @@ def participation_section(run: RunData) -> Html:
     counts = Counter(item.status for record in rounds for item in record.participants)
     keys = sorted(by_key, key=_order)
     shown, columns = keys[:_MOST_ROWS], rounds[-_MOST_ROUNDS:]
+    rungs = by_size(rungs_of(item for record in rounds for item in record.participants))
     return join(
         [
-            _legend(counts, is_anyone_left_out=sum(counts.values()) < len(keys) * len(rounds)),
+            _legend(
+                counts,
+                is_anyone_left_out=sum(counts.values()) < len(keys) * len(rounds),
+                is_plain=len(rungs) > 1,
+            ),
+            _rungs_legend(rungs),
             _cut_note(len(keys), len(rounds)),
             element(
                 "div",
-                _grid(shown, columns, by_key),
+                _grid(shown, columns, by_key, rungs),
                 class_="scroll",
                 tabindex=0,
                 role="region",
@@ -96,14 +109,20 @@ def _cut_note(num_participants: int, num_rounds: int) -> Html:
     )
 
 
-def _legend(counts: Counter[str], *, is_anyone_left_out: bool) -> Html:
+def _legend(counts: Counter[str], *, is_anyone_left_out: bool, is_plain: bool) -> Html:
     entries = [(status, f"{status} {counts[status]:,}") for status in STATUSES if counts[status]]
     if is_anyone_left_out:
         entries.append((_NOT_DRAWN, _NOT_DRAWN))
     items = [
         element(
             "li",
-            element("svg", _mark(status, 0.0, 14.0), width=14, height=14, aria_hidden="true"),
+            element(
+                "svg",
+                _mark(status, 0.0, 14.0, is_plain=is_plain),
+                width=14,
+                height=14,
+                aria_hidden="true",
+            ),
             label,
         )
         for status, label in entries
@@ -111,18 +130,40 @@ def _legend(counts: Counter[str], *, is_anyone_left_out: bool) -> Html:
     return element("ul", *items, class_="legend")
 
 
+def _rungs_legend(rungs: Sequence[str]) -> Html:
+    """Return the bars of rungs, or nothing where all devices hold the same."""
+    if len(rungs) < 2:
+        return Html()
+    items = [
+        element(
+            "li",
+            element("svg", _bar(rung, rungs, 0.0, 14.0), width=14, height=14, aria_hidden="true"),
+            f"on rung {_name(('', rung))}",
+        )
+        for rung in rungs[:_MOST_RUNGS]
+    ]
+    if len(rungs) > _MOST_RUNGS:
+        items.append(element("li", f"and {len(rungs) - _MOST_RUNGS:,} more rungs"))
+    return element("ul", *items, class_="legend")
+
+
 def _grid(
-    keys: Sequence[Key], rounds: Sequence[RoundRecord], by_key: dict[Key, dict[int, Participation]]
+    keys: Sequence[Key],
+    rounds: Sequence[RoundRecord],
+    by_key: dict[Key, dict[int, Participation]],
+    rungs: Sequence[str],
 ) -> Html:
-    size = min(_WIDEST, max(_NARROWEST, _ROOM / len(rounds) // 1))
+    widest = _WIDEST if len(keys) < _MANY_ROWS else _WIDEST_OF_MANY
+    size = min(widest, max(_NARROWEST, _ROOM / len(rounds) // 1))
     head = element(
         "tr",
         element("th", "Participant", scope="col"),
         element("th", "Accepted", scope="col", class_="n"),
         element("th", _round_labels(rounds, size), scope="col"),
     )
-    rows = [_row(key, by_key[key], rounds, size) for key in keys]
-    return element("table", element("thead", head), element("tbody", *rows), class_="who")
+    rows = [_row(key, by_key[key], rounds, size, rungs) for key in keys]
+    style = "who many" if len(keys) >= _MANY_ROWS else "who"
+    return element("table", element("thead", head), element("tbody", *rows), class_=style)
 
 
 def _round_labels(rounds: Sequence[RoundRecord], size: float) -> Html:
@@ -152,10 +193,14 @@ def _strip(parts: Iterable[Html], num_rounds: int, size: float, height: float, l
 
 
 def _row(
-    key: Key, items: dict[int, Participation], rounds: Sequence[RoundRecord], size: float
+    key: Key,
+    items: dict[int, Participation],
+    rounds: Sequence[RoundRecord],
+    size: float,
+    rungs: Sequence[str],
 ) -> Html:
     marks = [
-        _round_mark(record.server_round, items.get(record.server_round), index * size, size)
+        _round_mark(record.server_round, items.get(record.server_round), index * size, size, rungs)
         for index, record in enumerate(rounds)
     ]
     accepted = sum(item.status == "accepted" for item in items.values())
@@ -168,9 +213,27 @@ def _row(
     )
 
 
-def _round_mark(server_round: int, item: Participation | None, x: float, size: float) -> Html:
+def _round_mark(
+    server_round: int, item: Participation | None, x: float, size: float, rungs: Sequence[str]
+) -> Html:
     status = item.status if item else _NOT_DRAWN
-    return _mark(status, x, size, element("title", f"round {server_round}: {status}{_told(item)}"))
+    title = element("title", f"round {server_round}: {status}{_told(item)}")
+    if item and status == "accepted" and item.rung and len(rungs) > 1:
+        return _bar(item.rung, rungs, x, size, title)
+    return _mark(status, x, size, title, is_plain=len(rungs) > 1)
+
+
+def _bar(rung: str, rungs: Sequence[str], x: float, size: float, *title: Html) -> Html:
+    """Return an accepted update on a rung: as wide as any, and as high as the rung is large."""
+    place, side = rungs.index(rung), size * 0.68
+    height = side * (1 - 0.6 * place / (len(rungs) - 1))
+    left, base = x + (size - side) / 2, (size + side) / 2
+    return element(
+        "path",
+        *title,
+        d=f"M{left:.1f} {base:.1f}v{-height:.1f}h{side:.1f}v{height:.1f}z",
+        class_=f"s-accepted {shade_of(place, len(rungs))}",
+    )
 
 
 def _told(item: Participation | None) -> str:
@@ -187,13 +250,17 @@ def _told(item: Participation | None) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _mark(status: str, x: float, size: float, *title: Html) -> Html:
-    """Return the shape of a status, in a square of so many pixels."""
+def _mark(status: str, x: float, size: float, *title: Html, is_plain: bool = False) -> Html:
+    """Return the shape of a status, in a square of so many pixels.
+
+    Where colours tell rungs, an accepted update without one is plain.
+    """
+    plain = " r-none" if is_plain and status == "accepted" else ""
     return element(
         "path",
         *title,
         d=_outline(status, x + size / 2, size / 2, size * 0.34),
-        class_=_style(status),
+        class_=_style(status) + plain,
     )
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "bytes_text",
     "contrast_texts",
     "count_text",
+    "joules_text",
     "number_text",
     "quality_text",
     "ratio_text",
@@ -82,6 +83,17 @@ def bytes_text(value: float | None) -> str:
     """Return a number of bytes in decimal units (1 MB = 1,000,000 B)."""
     absence = _absence(value)
     return absence or _scaled(value or 0.0, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def joules_text(value: float | None) -> str:
+    """Return an energy in decimal units, in three digits."""
+    absence = _absence(value)
+    if absence or value is None:
+        return absence or NOT_MEASURED
+    for unit, size in (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3)):
+        if float(f"{value:.2e}") >= size:
+            return f"{number_text(value / size, 3)} {unit}"
+    return f"{number_text(value, 3)} J"
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

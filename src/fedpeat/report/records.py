@@ -20,11 +20,16 @@ __all__ = [
     "AuditedEmulator",
     "Cost",
     "EmulatorFacts",
+    "Habit",
+    "Learning",
     "Participation",
     "Quality",
     "RoundRecord",
     "RunData",
+    "Spent",
     "Summary",
+    "Trained",
+    "Worth",
 ]
 
 METRICS: Final = ("perplexity", "accuracy")
@@ -41,6 +46,9 @@ QUALITIES: Final = (
 )
 ROLES: Final = ("device", "server")
 STATUSES: Final = ("accepted", "rejected", "dropped", "late", "failed")
+
+Spent = tuple[float | None, float | None, float | None]
+"""Seconds, joules and bytes."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class RoundRecord:
     seconds: float | None = None
     elapsed_seconds: float | None = None
     peak_rss_bytes: float | None = None
+    simulated: Spent = (None, None, None)
+    """In the simulated world; all None if there is none."""
     warnings: tuple[str, ...] = ()
 
 
@@ -147,6 +157,7 @@ class Cost:
     tokens_per_second: float | None = None
     simulated_seconds: float | None = None
     simulated_joules: float | None = None
+    simulated_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,49 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """One policy's returns while it was trained."""
+
+    steps: tuple[float, ...]
+    """Simulated rounds by then."""
+    returns: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Worth:
+    """The mean return of a kind of controller in worlds that none was trained in."""
+
+    kind: str
+    mean: float
+    half_width: float | None
+    """Of its 95 % interval."""
+    seconds: float | None
+    """What it took to tune or train it."""
+
+
+@dataclass(frozen=True)
+class Habit:
+    """How likely a policy chooses what, by one trait of a device; one number per center."""
+
+    trait: str
+    centers: tuple[float | None, ...]
+    takes_part: tuple[float | None, ...]
+    choices: Mapping[str, Mapping[str, tuple[float | None, ...]]]
+    """By ``rung`` and ``local_steps``, of a device that takes part: each of them by its name."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """controller.json."""
+
+    curves: tuple[Learning, ...] = ()
+    worths: tuple[Worth, ...] = ()
+    habits: tuple[Habit, ...] = ()
+    fault: str = ""
+    """Why there is nothing to show, if the file is damaged."""
+
+
+@dataclass(frozen=True)
 class RunData:
     """A run folder."""
 
@@ -228,6 +282,8 @@ class RunData:
     """The run of the upper bound, ``full_tuned``, if this run has one."""
     audit: Audit | None = None
     """What the emulator gives away, if it was audited."""
+    trained: Trained | None = None
+    """What the run was steered by, if that was trained."""
     notes: tuple[str, ...] = ()
     """What a reader must know about the files, one sentence each."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from fedpeat.report.markup import Html, element
 from fedpeat.report.quantities import bytes_text
 from fedpeat.report.records import Participation, RoundRecord
 
-__all__ = ["rungs_of", "rungs_table"]
+__all__ = ["NUM_SHADES", "by_size", "rungs_of", "rungs_table", "shade_of"]
+
+NUM_SHADES = 4
+"""Shades of rungs in the style, the strongest first."""
 
 _HEADS = ("Devices", "Updates", "Accepted", "Down", "of that emulators", "Up")
 
@@ -16,6 +20,27 @@ _HEADS = ("Devices", "Updates", "Accepted", "Down", "of that emulators", "Up")
 def rungs_of(items: Iterable[Participation]) -> list[str]:
     """Return the rungs that somebody held, each once, in the order of the rounds."""
     return list(dict.fromkeys(item.rung for item in items if item.rung))
+
+
+def by_size(rungs: Iterable[str]) -> list[str]:
+    """Return rungs named by the share of blocks that they keep, the largest first.
+
+    Names that are no numbers stay in their order, behind.
+    """
+    return sorted(rungs, key=lambda rung: -_share(rung))
+
+
+def _share(rung: str) -> float:
+    try:
+        share = float(rung)
+    except ValueError:
+        return -math.inf
+    return share if math.isfinite(share) else -math.inf
+
+
+def shade_of(place: int, count: int) -> str:
+    """Return the class of a shade, the strongest for place 0 of so many."""
+    return f"r-{place if count <= NUM_SHADES else place * NUM_SHADES // count}"
 
 
 def rungs_table(rounds: Sequence[RoundRecord]) -> Html:

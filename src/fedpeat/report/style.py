@@ -12,13 +12,15 @@ STYLE: Final = """
 :root {
   color-scheme: light dark; --page: #fff; --panel: #f6f7f9; --line: #e2e5ea; --ink: #14171c;
   --muted: #59616e; --blue: #0864b8; --orange: #a85a00; --green: #007a5a; --red: #c03a00;
-  --purple: #9c3f80; --faint: #858d9a; --wash: #fff7ea;
+  --purple: #9c3f80; --faint: #858d9a; --wash: #fff7ea; --r0: #1d2b6b; --r1: #0864b8;
+  --r2: #0a878c; --r3: #5f9440;
 }
 @media (prefers-color-scheme:dark) {
   :root {
     --page: #0f1216; --panel: #171b21; --line: #2a3039; --ink: #e7eaee; --muted: #9ba5b3;
     --blue: #63b3f5; --orange: #eda63b; --green: #35c99b; --red: #ff8358; --purple: #e296c9;
-    --faint: #6d7785; --wash: #241d10;
+    --faint: #6d7785; --wash: #241d10; --r0: #d6ecff; --r1: #63b3f5; --r2: #2d9ca3;
+    --r3: #5d8a42;
   }
 }
 * { box-sizing: border-box }
@@ -71,6 +73,7 @@ ul { list-style: none }
 .dense thead th { font-size: 12.5px }
 .absent { color: var(--muted) }
 .scroll { overflow-x: auto }
+.scroll+.scroll { margin-top: 24px }
 .scroll.tall { max-height: 460px; overflow-y: auto }
 .scroll:focus-visible, pre:focus-visible, summary:focus-visible {
   outline: 2px solid var(--blue); outline-offset: 2px;
@@ -129,10 +132,17 @@ text.x { text-anchor: middle }
 .s-late { fill: var(--purple) }
 .s-dropped { fill: none; stroke: var(--orange); stroke-width: 1.8 }
 .s-none { fill: var(--faint) }
+.r-none { fill: var(--muted) }
+.r-0 { fill: var(--r0) }
+.r-1 { fill: var(--r1) }
+.r-2 { fill: var(--r2) }
+.r-3 { fill: var(--r3) }
 .who th, .who td { padding: 3px 16px 3px 0; border: 0; vertical-align: middle }
 .who td svg, .who thead svg { display: block }
 .who tbody th, .who thead th:first-child { position: sticky; left: 0; background: var(--page) }
 .who { width: auto }
+.who.many th, .who.many td { padding-top: 1px; padding-bottom: 1px; line-height: 1.3 }
+.who.many tbody th, .who.many .n { font-size: 12px }
 .who .n { color: var(--muted); font-size: 13px }
 .name {
   display: inline-block; max-width: 14em; overflow: hidden; text-overflow: ellipsis;
@@ -177,6 +187,23 @@ footer {
   font-size: 13px;
 }
 .strips { display: block; width: 100% }
+.area { stroke: var(--page); stroke-width: 1; stroke-linejoin: round }
+.band { fill: var(--blue); fill-opacity: .2 }
+.legend.below { margin: 10px 0 0 }
+.charts .legend svg { width: 28px }
+.charts+h3 { margin-top: 28px }
+.charts+.note, .charts+.empty { margin-top: 16px }
+.worths .label { fill: var(--ink) }
+.thin { stroke-width: 1.4 }
+.dashed { stroke-dasharray: 6 3 }
+.dotted { stroke-dasharray: 1.5 3.5 }
+.m-0 { stroke: var(--blue) }
+.m-1 { stroke: var(--orange) }
+.m-2 { stroke: var(--green) }
+.m-3 { stroke: var(--purple) }
+.m-4 { stroke: var(--red) }
+.m-5 { stroke: var(--ink) }
+.end { fill: var(--page); stroke-width: 2; stroke-dasharray: none }
 .pareto { display: block; width: 100%; max-width: 720px; height: auto }
 .strips text { paint-order: stroke; stroke: var(--page); stroke-width: 4px }
 .strips .label { fill: var(--ink); font-size: 14px; font-weight: 500 }
@@ -208,7 +235,7 @@ footer {
   :root {
     color-scheme: light; --page: #fff; --panel: #fff; --line: #ccc; --ink: #000; --muted: #444;
     --blue: #0864b8; --orange: #a85a00; --green: #007a5a; --red: #c03a00; --purple: #9c3f80;
-    --faint: #aaa; --wash: #fff;
+    --faint: #aaa; --wash: #fff; --r0: #1d2b6b; --r1: #0864b8; --r2: #0a878c; --r3: #5f9440;
   }
   body { font-size: 10.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact }
   main { max-width: none; padding: 0 }
