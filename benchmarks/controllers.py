@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +99,23 @@ def standard(config: Config, args: argparse.Namespace) -> Jobs:
     for seed in args.seeds:
         for name, (changes, training) in VARIANTS.items():
             settings = SabppoSettings(total_steps=args.steps, seed=seed, **training)
-            env = lambda changes=changes: world_of(override(config, changes), args.calibration)  # noqa: E731
-            jobs[f"standard {name} {seed}"] = lambda e=env, s=settings: _trained(e(), s)
+            there = partial(world_of, override(config, changes), args.calibration)
+            jobs[f"standard {name} {seed}"] = partial(_trained, there, settings)
+        there = partial(world_of, config, args.calibration)
         for rule in RULES:
-            jobs[f"standard tuned {rule} {seed}"] = lambda rule=rule, seed=seed: _tuned(
-                world_of(config, args.calibration), rule, args.steps, seed
-            )
+            jobs[f"standard tuned {rule} {seed}"] = partial(_tuned, there, rule, args.steps, seed)
         if importlib.util.find_spec("stable_baselines3"):
-            rival = importlib.import_module("sb3_rival")
-            jobs[f"standard sb3 ppo {seed}"] = lambda seed=seed, rival=rival: _rival(
-                rival.train(world_of(config, args.calibration), args.steps, seed)
-            )
-    jobs["standard random 0"] = lambda: _judged(
-        RandomPlanner(), world_of(config, args.calibration), 0.0
-    )
-    jobs["standard descent 0"] = lambda: _descent(config, args)
+            jobs[f"standard sb3 ppo {seed}"] = partial(_rival, there, args.steps, seed)
+    jobs["standard random 0"] = partial(_chance, config, args)
+    jobs["standard descent 0"] = partial(_descent, config, args)
     return jobs
+
+
+World = Callable[[], FederationVectorEnv]
+
+
+def _chance(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    return _judged(RandomPlanner(), world_of(config, args.calibration), 0.0)
 
 
 def _descent(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +124,8 @@ def _descent(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return _judged(CoordinateDescent(start), env, 0.0, count=NUM_JUDGES // 10)
 
 
-def _trained(env: FederationVectorEnv, settings: SabppoSettings) -> dict[str, Any]:
+def _trained(there: World, settings: SabppoSettings) -> dict[str, Any]:
+    env = there()
     curve: list[tuple[int, float, float]] = []
     start = time.perf_counter()
     policy = train_sabppo(
@@ -134,17 +137,17 @@ def _trained(env: FederationVectorEnv, settings: SabppoSettings) -> dict[str, An
     return {**_judged(PolicyPlanner(policy), env, seconds), "curve": curve}
 
 
-def _tuned(env: FederationVectorEnv, rule: str, total_steps: int, seed: int) -> dict[str, Any]:
+def _tuned(there: World, rule: str, total_steps: int, seed: int) -> dict[str, Any]:
+    env = there()
     start = time.perf_counter()
     plan = tune(env, rule, total_steps=total_steps, seed=seed)
     seconds = time.perf_counter() - start
     return {**_judged(FixedPlanner(plan), env, seconds), "plan": vars(plan)}
 
 
-def _rival(
-    trained: tuple[Planner, FederationVectorEnv, float, list[tuple[int, float, float]]],
-) -> dict[str, Any]:
-    planner, env, seconds, curve = trained
+def _rival(there: World, total_steps: int, seed: int) -> dict[str, Any]:
+    train = importlib.import_module("sb3_rival").train
+    planner, env, seconds, curve = train(there(), total_steps, seed)
     return {**_judged(planner, env, seconds), "curve": curve}
 
 
@@ -161,9 +164,7 @@ def _judged(
 def small(config: Config, args: argparse.Namespace) -> Jobs:
     """Train in worlds so small that the best sequence of choices can be found."""
     return {
-        f"small {devices} devices {seed}": lambda devices=devices, seed=seed: _small(
-            config, args, devices, seed
-        )
+        f"small {devices} devices {seed}": partial(_small, config, args, devices, seed)
         for devices in (1, 2, 3)
         for seed in args.seeds
     }
@@ -231,9 +232,7 @@ def sizes(config: Config, args: argparse.Namespace) -> Jobs:
     jobs: Jobs = {}
     for seed in args.seeds:
         for number in SIZES:
-            jobs[f"sizes {number} {seed}"] = lambda number=number, seed=seed: _sizes(
-                config, args, number, seed
-            )
+            jobs[f"sizes {number} {seed}"] = partial(_sizes, config, args, number, seed)
     return jobs
 
 
@@ -244,7 +243,7 @@ def _sizes(config: Config, args: argparse.Namespace, number: int, seed: int) -> 
     own = train_sabppo(there, SabppoSettings(total_steps=steps, seed=seed))
     plan = tune(there, "random", total_steps=steps, seed=seed)
     judge = there.resized(NUM_JUDGES if number <= 50 else 200)
-    planners = {
+    planners: dict[str, Planner] = {
         "trained with 10": PolicyPlanner(carried),
         "trained there": PolicyPlanner(own),
         "tuned there": FixedPlanner(plan),

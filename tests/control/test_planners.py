@@ -221,6 +221,20 @@ def test_a_still_world_gives_the_same_returns_whatever_is_drawn() -> None:
     assert (returns == again).all()
 
 
+def test_what_follows_a_spent_budget_is_of_the_next_episode() -> None:
+    planner = FixedPlanner(FixedPlan(fraction=0.3, local_steps=1))
+    there = env(num_envs=16, budgets={"bytes": 3e7})
+    there.reset(seed=0)
+    running, expected, counts = np.ones(16, dtype=bool), np.zeros(16), np.zeros(16)
+    for _ in range(4):
+        _, rewards, ended, _, _ = there.run_round(planner.choose(there.process))
+        expected += np.where(running, rewards, 0)
+        counts += running
+        running &= ~ended
+    assert len(set(counts.tolist())) > 1
+    np.testing.assert_array_equal(episode_returns(planner, there, seed=0), expected)
+
+
 def test_every_rule_is_a_rival() -> None:
     there = env(num_envs=64)
     for rule in RULES:

@@ -98,6 +98,8 @@ def test_from_its_state_it_goes_on_as_if_nothing_had_been() -> None:
     for number in range(1, 4):
         steers.plan(seen(number))
     other.load_state(json.loads(json.dumps(steers.state())))
+    for name, value in steers.process.observe().items():
+        assert (other.process.observe()[name] == value).all()
     for number in range(4, 9):
         expected: RoundPlan = steers.plan(seen(number))
         assert other.plan(seen(number)) == expected
