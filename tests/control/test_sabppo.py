@@ -25,7 +25,7 @@ from fedpeat.control.policy import (
     make_policy,
     save_policy,
 )
-from fedpeat.control.process import ProcessSettings
+from fedpeat.control.process import FederationProcess, ProcessSettings
 from fedpeat.control.sabppo import (
     PolicyPlanner,
     Progress,
@@ -34,6 +34,7 @@ from fedpeat.control.sabppo import (
     _clipped_loss,
     _entropy,
     _relevant,
+    _Scale,
     train_sabppo,
 )
 from fedpeat.core.errors import CheckpointError, ConfigError
@@ -318,3 +319,20 @@ def test_entropy_weighs_a_branch_as_much_however_many_devices_there_are() -> Non
         total, mean = _entropy([even], [torch.ones(4, count, dtype=torch.bool)])
         assert float(total) == pytest.approx(count)
         assert float(mean) == pytest.approx(1)
+
+
+def test_a_round_counts_at_most_as_much_as_all_there_is_to_gain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[np.ndarray] = []
+    seen_by = _Scale.seen
+
+    def watched(self: _Scale, reward: np.ndarray, done: np.ndarray) -> np.ndarray:
+        told.append(reward)
+        return seen_by(self, reward, done)
+
+    monkeypatch.setattr(_Scale, "seen", watched)
+    rewards = np.resize([-1000.0, 0.25, 3.0], 16)
+    monkeypatch.setattr(FederationProcess, "rewards", lambda *_: rewards.copy())
+    train_sabppo(env(), SHORT)
+    assert {tuple(reward) for reward in told} == {tuple(np.resize([-1.0, 0.25, 1.0], 16))}

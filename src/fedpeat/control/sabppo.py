@@ -26,6 +26,10 @@ from fedpeat.core.errors import ConfigError
 
 __all__ = ["PolicyPlanner", "Progress", "SabppoSettings", "tensors_of", "train_sabppo"]
 
+_MOST_REWARD = 1.0
+"""What a round counts at most either way: all that there is to gain. Somebody in a deep fade may
+cost a hundred times as much, and would drown everything else."""
+
 
 @dataclass(frozen=True)
 class SabppoSettings:
@@ -144,7 +148,8 @@ def train_sabppo(  # noqa: PLR0915 - an algorithm is read top to bottom, in the 
             choices = choose(chances, generator)
             obs, reward, done, _, _ = env.step(policy.action(choices).numpy())
             returns += reward
-            scaled = torch.from_numpy(scale.seen(reward, done)).float()
+            bounded = reward.clip(-_MOST_REWARD, _MOST_REWARD)
+            scaled = torch.from_numpy(scale.seen(bounded, done)).float()
             finished += returns[done].tolist()
             returns[done] = 0
             seen.append(tensors)
