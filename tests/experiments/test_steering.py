@@ -15,6 +15,7 @@ from fedpeat.config.schema import Config
 from fedpeat.control.quality_fit import RoundLog
 from fedpeat.core.errors import CalibrationError, CheckpointError, ConfigError, FedPEATError
 from fedpeat.experiments import calibrate as calibration
+from fedpeat.experiments import learn as learning
 from fedpeat.experiments.calibrate import calibrate, design_of, log_of
 from fedpeat.experiments.learn import learn, world_of
 from fedpeat.experiments.run import run
@@ -26,8 +27,8 @@ WORLD: dict[str, Any] = {
     "controller": {
         "local_steps": [1, 3],
         "server_steps": [0, 2],
-        "total_steps": 30_000,
-        "num_envs": 32,
+        "total_steps": 8_000,
+        "num_envs": 128,
     },
     "calibration": {
         "num_federations": 12,
@@ -127,7 +128,10 @@ def goes_on(config: Config, folder: Path) -> None:
     calibrate(config)
 
 
-def test_calibrated_learnt_and_steered(calibrated: tuple[Config, Path], tmp_path: Path) -> None:
+def test_calibrated_learnt_and_steered(
+    calibrated: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "_NUM_JUDGES", 100)
     config, folder = calibrated
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rounds) == 12 * 5
@@ -149,9 +153,9 @@ def test_calibrated_learnt_and_steered(calibrated: tuple[Config, Path], tmp_path
 
 
 def test_a_calibration_goes_on_where_it_was_interrupted(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, finished: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = calibrate(override(config, {"name": "whole"}))
+    _, whole = finished
     real = calibration._federation  # noqa: SLF001
     done: list[int] = []
 
