@@ -43,7 +43,6 @@ from fedpeat.control.planners import (
     episode_returns,
     tune,
 )
-from fedpeat.control.process import Choices, FederationProcess
 from fedpeat.control.sabppo import PolicyPlanner, SabppoSettings, train_sabppo
 from fedpeat.core.run_folder import write_atomically
 from fedpeat.experiments.learn import world_of
@@ -179,7 +178,11 @@ def _small(config: Config, args: argparse.Namespace, num_devices: int, seed: int
     judge = env.resized(40)
     reached = episode_returns(PolicyPlanner(policy), judge, seed=JUDGE_SEED)
     chance = np.mean(
-        [episode_returns(_Chance(extra), judge, seed=JUDGE_SEED) for extra in range(20)], axis=0
+        [
+            episode_returns(RandomPlanner(np.random.default_rng(go)), judge, seed=JUDGE_SEED)
+            for go in range(20)
+        ],
+        axis=0,
     )
     judge.reset(seed=JUDGE_SEED)
     best = optimal_returns(judge.process)
@@ -191,19 +194,6 @@ def _small(config: Config, args: argparse.Namespace, num_devices: int, seed: int
         "random": float(chance.mean()),
         "optimum": float(best.mean()),
     }
-
-
-class _Chance:
-    """Draws feasible choices, other ones in each go through the same worlds."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-
-    def choose(self, process: FederationProcess) -> Choices:
-        mask = process.observe()["mask"]
-        scores = self._rng.random(mask.shape) * mask
-        parts = np.split(scores, np.cumsum(process.branches.sizes)[:-1], axis=1)
-        return process.read(np.stack([part.argmax(-1) for part in parts], axis=1))
 
 
 def _few_choices(config: Config, calibration: Path, num_devices: int) -> FederationVectorEnv:

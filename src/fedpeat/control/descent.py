@@ -10,6 +10,7 @@ import numpy as np
 
 from fedpeat.control.planners import Planner
 from fedpeat.control.process import Choices, FederationProcess
+from fedpeat.mec.quality import QualityModel
 
 __all__ = ["CoordinateDescent"]
 
@@ -36,21 +37,22 @@ class CoordinateDescent:
     def choose(self, process: FederationProcess) -> Choices:
         """Return what everyone is to do in the coming round."""
         choices = self._start.choose(process)
-        worth = self._worth(process, choices)
+        quality = process.quality.mean()
+        worth = self._worth(process, quality, choices)
         for _ in range(self._num_sweeps):
             for other in (*range(process.num_devices), None):
                 for candidate in _changes(process, choices, other):
-                    gained = self._worth(process, candidate)
+                    gained = self._worth(process, quality, candidate)
                     better = gained > worth
                     choices = _merged(better, candidate, choices)
                     worth = np.where(better, gained, worth)
         return choices
 
     @staticmethod
-    def _worth(process: FederationProcess, choices: Choices) -> np.ndarray:
+    def _worth(process: FederationProcess, quality: QualityModel, choices: Choices) -> np.ndarray:
         demand = process.demand(choices)
         cost = process.world.price(demand)
-        after = process.loss_after(demand, cost.finished, process.quality.mean())
+        after = process.loss_after(demand, cost.finished, quality)
         return process.rewards(cost, after)
 
 

@@ -109,12 +109,19 @@ class FixedPlanner:
 
 
 class RandomPlanner:
-    """Draws every choice from those that are feasible."""
+    """Draws every choice from those that are feasible.
+
+    Args:
+        rng: What draws are made from; the process's own stream if not given.
+    """
+
+    def __init__(self, rng: np.random.Generator | None = None) -> None:
+        self._rng = rng
 
     def choose(self, process: FederationProcess) -> Choices:
         """Return what everyone is to do in the coming round."""
         mask = process.observe()["mask"]
-        scores = process.rng.random(mask.shape) * mask
+        scores = (self._rng or process.rng).random(mask.shape) * mask
         parts = np.split(scores, np.cumsum(process.branches.sizes)[:-1], axis=1)
         return process.read(np.stack([part.argmax(-1) for part in parts], axis=1))
 

@@ -86,7 +86,9 @@ def calibrate(config: Config, *, observer: Observer | None = None) -> tuple[Path
             continue
         observer.progress("federations", index, config.calibration.num_federations, "")
         design = design_of(config, index, len(bench.packages))
-        lines += _federation(benches[design.is_skewed], design, index, observer)
+        lines += _federation(
+            benches[design.is_skewed], design, index, observer, facts["start_loss"]
+        )
         write_atomically(folder / ROUNDS, "".join(json.dumps(line) + "\n" for line in lines))
     settings = FitSettings(
         num_members=config.calibration.num_members,
@@ -203,21 +205,18 @@ def _facts(bench: Bench) -> dict[str, Any]:
     """Return what the federation is like, for a simulated one to be alike."""
     examples = [part.num_examples for part in bench.data.clients.values()]
     scale = bench.config.world.workload_scale
-    validation = evaluate(
-        bench.server.model, bench.data.validation, bench.config.evaluation.batch_size
-    )
     return {
         "schema": _SCHEMA,
         "num_devices": len(examples),
         "device_examples": [min(examples), max(examples)],
         "server_examples": bench.data.server.num_examples if bench.data.server else 0,
-        "start_loss": validation.cross_entropy,
+        "start_loss": _loss(bench),
         "workload": measure_workload(bench, scale=scale).record(),
     }
 
 
 def _federation(
-    bench: Bench, design: Design, index: int, observer: Observer
+    bench: Bench, design: Design, index: int, observer: Observer, start_loss: float
 ) -> list[dict[str, Any]]:
     """Run one federation from an untouched adapter; return a line for each round."""
     seed = derive_seed(bench.config.seed, "calibration", index)
@@ -225,7 +224,7 @@ def _federation(
     start = bench.server.state()
     controller = _Designed(design, list(bench.packages), seed)
     federation = make_federation(bench, controller, partial(aligned_anew, bench, observer))
-    state, loss, staleness = FederationState(0, start), _loss(bench), 0.0
+    state, loss, staleness = FederationState(0, start), start_loss, 0.0
     lines = []
     try:
         for _ in range(bench.config.calibration.num_rounds):
