@@ -14,6 +14,7 @@ where it is installed (``pip install --no-deps stable-baselines3==2.9.2``).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -43,6 +44,7 @@ from fedpeat.control.planners import (
     episode_returns,
     tune,
 )
+from fedpeat.control.policy import Policy
 from fedpeat.control.sabppo import PolicyPlanner, SabppoSettings, train_sabppo
 from fedpeat.core.run_folder import write_atomically
 from fedpeat.experiments.learn import world_of
@@ -171,7 +173,7 @@ def small(config: Config, args: argparse.Namespace) -> Jobs:
 
 def _small(config: Config, args: argparse.Namespace, num_devices: int, seed: int) -> dict[str, Any]:
     env = _few_choices(config, args.calibration, num_devices)
-    settings = SabppoSettings(total_steps=args.steps // 2, gamma=1.0, seed=seed)
+    settings = SabppoSettings(total_steps=args.steps, seed=seed)
     start = time.perf_counter()
     policy = train_sabppo(env, settings)
     seconds = time.perf_counter() - start
@@ -228,8 +230,8 @@ def sizes(config: Config, args: argparse.Namespace) -> Jobs:
 
 def _sizes(config: Config, args: argparse.Namespace, number: int, seed: int) -> dict[str, Any]:
     steps = args.steps if number <= 50 else args.steps // 4
-    ten, there = (_with_devices(config, args.calibration, n) for n in (10, number))
-    carried = train_sabppo(ten, SabppoSettings(total_steps=args.steps, seed=seed))
+    carried = _of_ten(config, args.calibration, args.steps, seed)
+    there = _with_devices(config, args.calibration, number)
     own = train_sabppo(there, SabppoSettings(total_steps=steps, seed=seed))
     plan = tune(there, "random", total_steps=steps, seed=seed)
     judge = there.resized(NUM_JUDGES if number <= 50 else 200)
@@ -243,6 +245,12 @@ def _sizes(config: Config, args: argparse.Namespace, number: int, seed: int) -> 
         for name, planner in planners.items()
     }
     return {"mean": means["trained with 10"], **means}
+
+
+@functools.cache
+def _of_ten(config: Config, calibration: Path, total_steps: int, seed: int) -> Policy:
+    ten = _with_devices(config, calibration, 10)
+    return train_sabppo(ten, SabppoSettings(total_steps=total_steps, seed=seed))
 
 
 def _with_devices(config: Config, calibration: Path, number: int) -> FederationVectorEnv:

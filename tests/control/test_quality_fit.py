@@ -315,12 +315,21 @@ def test_what_was_saved_is_read_bit_by_bit(tmp_path: Path) -> None:
 def test_a_fit_is_judged_by_the_threshold_it_was_saved_with_or_the_one_asked_for(
     tmp_path: Path,
 ) -> None:
-    save_quality(
-        tmp_path, truth(), replace(GOOD, rollout=0.31), replace(SMALL, max_error=0.4), RUNGS
-    )
+    poor = replace(GOOD, rollout=0.31, baseline_rollout=0.35)
+    save_quality(tmp_path, truth(), poor, replace(SMALL, max_error=0.4), RUNGS)
     load_quality(tmp_path, RUNGS)
     with pytest.raises(CalibrationError, match="must be at most 0.15, got 0.31; log more"):
         load_quality(tmp_path, RUNGS, max_error=0.15)
+
+
+@pytest.mark.parametrize("rollout", [0.1, 0.101])
+def test_a_fit_no_better_than_a_mean_change_is_refused(tmp_path: Path, rollout: float) -> None:
+    useless = replace(GOOD, rollout=rollout, baseline_rollout=0.1)
+    save_quality(tmp_path, truth(), useless, SMALL, RUNGS)
+    with pytest.raises(CalibrationError, match=f"off by 0.1, got {rollout}; log more federations"):
+        load_quality(tmp_path, RUNGS)
+    save_quality(tmp_path, truth(), replace(useless, rollout=0.099), SMALL, RUNGS)
+    load_quality(tmp_path, RUNGS)
 
 
 def test_a_fit_for_other_rungs_is_refused(tmp_path: Path) -> None:

@@ -127,13 +127,11 @@ class Terminal:
             f"loss is off by {error.rollout:.1%} of the gain (by {error.baseline_rollout:.1%} if "
             f"every round is taken to bring the same), the change of a round by {error.step:.0%}"
         )
-        if error.rollout <= max_error:
+        objection = error.objection(max_error)
+        if objection is None:
             self._console.print(f"next: fedpeat learn {folder}", markup=False, soft_wrap=True)
         else:
-            self._console.print(
-                f"[yellow]more than the {max_error:.0%} with which controllers may be trained[/]: "
-                "run more federations (calibration.num_federations), or longer ones"
-            )
+            self._console.print(objection, style="yellow", markup=False, soft_wrap=True)
 
     def learnt(self, found: Mapping[str, Any], folder: Path) -> None:
         """Print what each controller's episodes are worth, and how to use them."""

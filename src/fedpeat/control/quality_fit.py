@@ -120,6 +120,21 @@ class FitError:
     num_policies: int
     num_rounds: int
 
+    def objection(self, max_error: float) -> str | None:
+        """Return why no controller may be trained on the fit; None if one may."""
+        if not self.rollout <= max_error:  # NaN neither
+            return (
+                f"the calibration's error on held-out policies must be at most {max_error:g}, "
+                f"got {self.rollout:.3g}; log more federations or longer ones, or raise max_error"
+            )
+        if not self.rollout < self.baseline_rollout:
+            return (
+                "the calibration must predict held-out policies better than a mean change for "
+                f"every round does, which is off by {self.baseline_rollout:.3g}, got "
+                f"{self.rollout:.3g}; log more federations, or more unlike ones"
+            )
+        return None
+
 
 def fit_quality(log: RoundLog, settings: FitSettings) -> tuple[QualityModel, FitError]:
     """Fit an ensemble to all rounds, and measure others like it on policies that they never saw.
@@ -193,7 +208,7 @@ def load_quality(
 
     Raises:
         CalibrationError: If it is missing or damaged, of another schema, for other rungs, or
-            predicts policies that it never saw too badly.
+            predicts policies that it never saw too badly, or no better than a mean change would.
     """
     path = folder / _FILE
     try:
@@ -212,14 +227,11 @@ def load_quality(
         _check_shapes(arrays, len(rung_names))
         model, error = QualityModel(**arrays), FitError(**record["error"])
         allowed = float(record["max_error"] if max_error is None else max_error)
-        refused = not error.rollout <= allowed  # NaN is refused too
+        objection = error.objection(allowed)
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise CalibrationError(f"calibration {path} is damaged: {damage!r}") from damage
-    if refused:
-        raise CalibrationError(
-            f"the calibration's error on held-out policies must be at most {allowed:g}, "
-            f"got {error.rollout:.3g}; log more federations, or raise max_error"
-        )
+    if objection is not None:
+        raise CalibrationError(objection)
     return model, error
 
 
