@@ -1,8 +1,7 @@
 """Print requirements.lock: an exact version of everything that developing fedpeat needs.
 
-The versions are those that pip finds for all extras together, so that ``fedpeat[flower]`` installs
-on top without changing one; of these, the lock lists what the development environment needs.
-Resolved on the oldest supported Python, because what supports that one supports the newer ones.
+The versions are those that pip finds for all extras together, resolved on the oldest supported
+Python, because what supports that one supports the newer ones.
 
 Example:
     python3.11 scripts/lock.py > requirements.lock
@@ -25,8 +24,8 @@ CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 """PyTorch with CUDA brings these, each in an exact version; other builds have none."""
 HEADER = """\
 # Exact versions of everything that developing and testing fedpeat needs, on Python 3.11 to 3.13.
-# Written by `make lock`; do not edit. flwr 1.41 (the extra "flower") installs on top of these
-# without changing any. PyTorch brings its own CUDA libraries where its build needs them."""
+# Written by `make lock`; do not edit. PyTorch brings its own CUDA libraries where its build needs
+# them."""
 
 
 def resolve(requirements: list[str], pins: list[str]) -> list[str]:
@@ -55,9 +54,8 @@ def main() -> None:
     pyproject = Path(__file__).parent.parent / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    development = project["dependencies"] + extras["dev"]
-    everything = resolve(development + extras["flower"], HELD)
-    print(HEADER, *resolve(development, everything), sep="\n")
+    everything = project["dependencies"] + [name for extra in extras.values() for name in extra]
+    print(HEADER, *resolve(everything, HELD), sep="\n")
 
 
 if __name__ == "__main__":

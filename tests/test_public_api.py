@@ -11,7 +11,12 @@ import pytest
 
 import fedpeat
 
-WITHOUT_FLOWER = "fedpeat.federated.flower"
+NEED_FLOWER = (
+    "fedpeat.federated.flower",
+    "fedpeat.experiments.fleet",
+    "fedpeat.experiments.join",
+    "fedpeat.experiments.serve",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(fedpeat.__path__, "fedpeat.")
@@ -20,7 +25,7 @@ MODULES = [
 
 
 def load(name: str) -> ModuleType:
-    if name.startswith(WITHOUT_FLOWER) and find_spec("flwr") is None:
+    if name.startswith(NEED_FLOWER) and find_spec("flwr") is None:
         pytest.skip("needs fedpeat[flower]")
     return import_module(name)
 

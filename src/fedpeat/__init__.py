@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpeat.core.version import VERSION
+
 if TYPE_CHECKING:
     from fedpeat.config.loading import load_config
     from fedpeat.config.schema import Config
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from fedpeat.experiments.run import run
     from fedpeat.report.page import write_report
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
     "Config": "fedpeat.config.schema",

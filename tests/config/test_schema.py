@@ -87,6 +87,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "calibration.num_rounds": ([0], [1]),
     "calibration.num_members": ([0], [1]),
     "calibration.max_error": ([0.0, -1.0], [1e-9]),
+    "fleet.port": ([0, 65536], [1, 65535]),
+    "fleet.wait_for": ([0], [1, None]),
 }
 REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
 ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]

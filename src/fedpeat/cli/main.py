@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from fedpeat import __version__
 from fedpeat.core.errors import ConfigError, FedPEATError
+from fedpeat.core.version import VERSION
 
 if TYPE_CHECKING:
     from fedpeat.config.schema import Config
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tune a model you may not share on data you may not see.",
         epilog="Start with: fedpeat run examples/demo.yaml",
     )
-    parser.add_argument("--version", action="version", version=f"fedpeat {__version__}")
+    parser.add_argument("--version", action="version", version=f"fedpeat {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_compare(commands)
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_audit(commands)
     _add_inspect(commands)
     _add_control(commands)
+    _add_fleet(commands)
     return parser
 
 
@@ -245,6 +247,44 @@ def _add_control(commands: Commands) -> None:
     parser.add_argument("calibration", type=Path, help="folder that calibrate wrote")
 
 
+def _add_fleet(commands: Commands) -> None:
+    parser = _add(commands, "keys", "make certificates and keys of a server and its devices", _keys)
+    parser.add_argument("folder", type=Path, help="where to; devices can be added to it later")
+    parser.add_argument(
+        "--hosts",
+        nargs="+",
+        metavar="HOST",
+        default=["localhost", "127.0.0.1"],
+        help="names and addresses under which devices reach the server (localhost 127.0.0.1)",
+    )
+    parser.add_argument("--devices", nargs="+", metavar="NAME", default=[], help="their names")
+    parser.add_argument("--days", type=int, default=365, help="how long they are valid (365)")
+    parser = _add(
+        commands, "serve", "run on devices that join over the network", _serve, overrides=True
+    )
+    parser.add_argument("config", help="YAML file with settings")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run that the folder holds"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew, whatever the folder holds"
+    )
+    parser = _add(
+        commands, "join", "take part as a device, with data of one's own", _join, overrides=True
+    )
+    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="where the server is")
+    parser.add_argument("--keys", required=True, type=Path, help="folder with the device's keys")
+    parser.add_argument("--data", required=True, dest="source", help="the device's own data")
+    parser.add_argument(
+        "--folder", type=Path, help="where emulators are kept (fedpeat-device, beside the keys)"
+    )
+    text = "write what each simulated device of a run owns into a file of its own"
+    parser = _add(commands, "shards", text, _shards, overrides=True)
+    parser.add_argument("config", help="YAML file with settings")
+    parser.add_argument("folder", type=Path, help="folder to write NAME.jsonl into")
+
+
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from fedpeat.cli.terminal import Terminal
 
@@ -389,3 +429,57 @@ def _quiet_libraries() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def _needs_flower() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise ConfigError('a fleet needs Flower: pip install "fedpeat[flower]"')
+
+
+def _say(text: str) -> None:
+    print(" ".join(text.split()), flush=True)
+
+
+def _keys(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    _needs_flower()
+    from fedpeat.federated.flower.keys import make_keys
+
+    new = make_keys(args.folder, args.hosts, args.devices, args.days)
+    _say(f"{len(new)} new devices: {', '.join(new) or 'none'}")
+    server, devices = args.folder / "server", args.folder / "devices"
+    _say(f"take {server} to the server, {devices}/NAME to each device")
+    _say(f"keep {args.folder / 'authority'} off both: who has it can make devices")
+
+
+def _shards(args: argparse.Namespace, rest: list[str]) -> None:
+    config = _config(args, rest, "shards")
+    from fedpeat.experiments.shards import write_shards
+
+    for path in write_shards(config, args.folder):
+        _say(str(path))
+
+
+def _serve(args: argparse.Namespace, rest: list[str]) -> None:
+    _needs_flower()
+    config = _config(args, rest, "serve")
+    from fedpeat.cli.terminal import Terminal
+    from fedpeat.experiments.serve import serve
+
+    folder = serve(config, _say, resume=args.resume, overwrite=args.overwrite)
+    with Terminal() as terminal:
+        terminal.summary(json.loads((folder / "summary.json").read_text()), folder)
+
+
+def _join(args: argparse.Namespace, rest: list[str]) -> None:
+    _needs_flower()
+    from fedpeat.cli.overrides import with_overrides
+    from fedpeat.config.schema import Config, DataConfig
+    from fedpeat.experiments.join import join
+
+    config = Config(data=DataConfig(source=args.source))
+    config = with_overrides(config, rest, prog="fedpeat join")
+    folder = args.folder or args.keys / "fedpeat-device"
+    join(args.server, args.keys, config, folder, _say)

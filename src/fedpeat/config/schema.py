@@ -640,6 +640,30 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class FleetConfig:
+    """Devices on other machines, for ``fedpeat serve``; ``fedpeat run`` simulates them."""
+
+    keys: str = "keys/server"
+    """Folder with the server's keys, which ``fedpeat keys`` makes."""
+    host: str = "127.0.0.1"
+    """Address that devices reach; 0.0.0.0 for all of this machine's."""
+    port: int = 8443
+    """Port that devices reach."""
+    wait_for: int | None = None
+    """Devices that must be there before the first round; all that have a key if not given."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.host), "fleet.host", "an address of this machine", self.host)
+        _require(1 <= self.port <= 65535, "fleet.port", "in [1, 65535]", self.port)
+        _require(
+            self.wait_for is None or self.wait_for >= 1,
+            "fleet.wait_for",
+            "at least 1",
+            self.wait_for,
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of fedpeat."""
 
@@ -675,6 +699,8 @@ class Config:
     """Who plans the rounds."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """How quality is foretold."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    """Devices on other machines."""
 
     def __post_init__(self) -> None:
         bad = set(self.name) & set("/\\\0") or self.name in {"", ".", ".."}

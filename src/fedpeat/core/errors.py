@@ -12,6 +12,7 @@
     ├── WorldError        (ValueError)    an edge world or its workload cannot be
     ├── CalibrationError  (ValueError)    a log cannot be fitted, or its fit not be trusted
     ├── AggregationError  (RuntimeError)  a round leaves nothing to aggregate
+    ├── FleetError        (RuntimeError)  a program of a fleet does not do what it should
     └── StorageError      (OSError)       the run folder cannot be written
 
 A command ends with ``exit_code``: 2 where the input must be changed, 1 where a run failed.
@@ -28,6 +29,7 @@ __all__ = [
     "DataError",
     "EmulatorError",
     "FedPEATError",
+    "FleetError",
     "ModelError",
     "SplitError",
     "StorageError",
@@ -84,6 +86,12 @@ class CalibrationError(FedPEATError, ValueError):
 
 class AggregationError(FedPEATError, RuntimeError):
     """A round leaves nothing to aggregate."""
+
+    exit_code = 1
+
+
+class FleetError(FedPEATError, RuntimeError):
+    """A program that a fleet consists of does not do what it should."""
 
     exit_code = 1
 

@@ -15,7 +15,7 @@ from fedpeat.data.packing import PackedText, TokenStream, tokenize
 from fedpeat.data.partition import PARTITIONERS, largest_owners, require_partition_settings
 from fedpeat.data.sources import read_corpus
 
-__all__ = ["load_federated_documents", "load_federated_text", "share_out"]
+__all__ = ["load_federated_documents", "load_federated_text", "load_own_text", "share_out"]
 
 _MAX_NAMED = 5
 
@@ -40,6 +40,21 @@ def load_federated_text(
         validation=held_out["validation"],
         test=held_out["test"],
     )
+
+
+def load_own_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> PackedText:
+    """Read and pack the text of one owner, who has all of the source.
+
+    Raises:
+        DataError: If the source is missing or malformed, or has less than a block.
+    """
+    stream = tokenize(tuple(read_corpus(config, seed=0).documents), tokenizer)
+    if stream.num_tokens < config.block_size:
+        raise DataError(
+            f"{name} must have at least one block of {config.block_size} tokens in "
+            f"{config.source}, got {stream.num_tokens} tokens"
+        )
+    return _pack_client(name, stream, config)
 
 
 def load_federated_documents(config: DataConfig, seed: int) -> FederatedDocuments[Document]:
@@ -87,15 +102,17 @@ def _pack_clients(
 ) -> dict[str, PackedText]:
     streams = {name: tokenize(documents, tokenizer) for name, documents in clients.items()}
     _require_blocks(streams, config)
-    packed = {name: stream.cut(config.block_size) for name, stream in streams.items()}
+    return {name: _pack_client(name, stream, config) for name, stream in streams.items()}
+
+
+def _pack_client(name: str, stream: TokenStream, config: DataConfig) -> PackedText:
+    text = stream.cut(config.block_size)
     if config.max_tokens_per_client is not None:
-        max_blocks = config.max_tokens_per_client // config.block_size
-        packed = {name: text.spread(max_blocks) for name, text in packed.items()}
+        text = text.spread(config.max_tokens_per_client // config.block_size)
     if config.max_examples_per_client is not None:
-        packed = {n: text.spread(config.max_examples_per_client) for n, text in packed.items()}
-    for name, text in packed.items():
-        _require_targets(f"client {name!r}", text)
-    return packed
+        text = text.spread(config.max_examples_per_client)
+    _require_targets(f"client {name!r}", text)
+    return text
 
 
 def _require_blocks(streams: dict[str, TokenStream], config: DataConfig) -> None:

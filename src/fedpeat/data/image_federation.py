@@ -19,7 +19,7 @@ from fedpeat.data.image_hub import read_image_split
 from fedpeat.data.images import ImageInputs, ImageSet, LabelledImage
 from fedpeat.data.partition import require_partition_settings
 
-__all__ = ["class_numbers", "load_federated_images", "read_image_corpus"]
+__all__ = ["class_numbers", "load_federated_images", "load_own_images", "read_image_corpus"]
 
 _MAX_NAMED = 5
 
@@ -67,6 +67,23 @@ def load_federated_images(
         validation=held_out("validation", shared.validation).spread(config.max_eval_blocks),
         test=held_out("test", shared.test).spread(config.max_eval_blocks),
     )
+
+
+def load_own_images(
+    config: DataConfig, processor: Any, labels: Mapping[int, str], num_channels: int, name: str
+) -> ImageSet:
+    """Read the images of one owner, who has all of the source.
+
+    Raises:
+        DataError: If the source is missing or damaged, empty, or has a class that the network does
+            not know.
+    """
+    maker = ImageInputs(processor, num_channels)
+    corpus, classes = read_image_corpus(config, maker)
+    if not corpus.documents:
+        raise DataError(f"{name} must have at least one image, got none in {config.source}")
+    own = ImageSet.of(corpus.documents, class_numbers(_names(corpus), classes, labels), maker)
+    return own.spread(config.max_examples_per_client) if config.max_examples_per_client else own
 
 
 def read_image_corpus(

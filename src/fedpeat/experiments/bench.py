@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -28,18 +30,34 @@ from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
+from fedpeat.federated.reception import Reception, welcome_message
 from fedpeat.federated.rounds import Federation, Realign
 from fedpeat.federated.screening import Limits
-from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
+from fedpeat.federated.shelf import EmulatorShelf, Offer, Rung, hashes_of
 from fedpeat.model.blocks import Blocks, find_blocks
 from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "make_federation", "set_up"]
+__all__ = ["Bench", "Fleet", "make_federation", "set_up"]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Devices on other machines.
+
+    Attributes:
+        transport: How they are reached.
+        offer: Puts parts of emulators where they can fetch them.
+        client_ids: Names of those that have a key.
+    """
+
+    transport: Transport
+    offer: Offer
+    client_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ class Bench:
         packages: The emulators that devices hold by the names of their rungs, the largest first;
             none where there are no devices. They change when they are aligned anew.
         stored_parts: Hashes of the emulators' parts that the run folder has.
-        participants: Simulated devices by id.
+        participants: Simulated devices by id; none where devices are on other machines.
+        client_ids: Names of all devices.
         zero_shot: Quality of the untouched full model on the test split.
     """
 
@@ -71,6 +90,7 @@ class Bench:
     packages: dict[str, EmulatorPackage]
     stored_parts: frozenset[str]
     participants: dict[str, Participant]
+    client_ids: tuple[str, ...]
     zero_shot: Quality
 
     @property
@@ -144,6 +164,7 @@ def set_up(
     data: FederatedData[Examples] | None,
     *,
     pools_data: bool,
+    fleet: Fleet | None = None,
 ) -> Bench:
     """Load, cut, compress and attach: all that has to be there before the first round.
 
@@ -153,6 +174,7 @@ def set_up(
         observer: Is told what goes on.
         data: Data that is there already; read as the settings say if not.
         pools_data: Whether the server gets all data.
+        fleet: Devices on other machines; they are simulated, with the clients' data, if None.
 
     Raises:
         FedPEATError: If model, data and settings do not fit each other.
@@ -166,6 +188,9 @@ def set_up(
         data = task.read(config, loaded)
     if pools_data:
         data, config = pooled(data, config)
+    client_ids = tuple(data.clients)
+    if fleet is not None:
+        data, client_ids = replace(data, clients={}), fleet.client_ids
     if config.server.realign_every and data.server is None:
         raise DataError(
             "server.realign_every needs data of the server and there is none; raise "
@@ -181,7 +206,7 @@ def set_up(
     dtype = next(loaded.model.parameters()).dtype
     shelf = EmulatorShelf(next(loaded.model.parameters()).device, dtype)
     packages: dict[str, EmulatorPackage] = {}
-    if data.clients:
+    if client_ids:
         packages = _emulators(config, folder, loaded, blocks, tuned, data, observer)
         if config.adapter.placement == "all":
             tuned = list(next(iter(packages.values())).manifest.source_blocks)
@@ -189,10 +214,11 @@ def set_up(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
     participants = {c: Participant(c, own, shelf) for c, own in data.clients.items()}
+    count = sum(d.num_tokens for d in data.clients.values())
+    private = f"{count:,}" if participants else "their own"
     observer.message(
-        f"{len(participants)} devices with {sum(d.num_tokens for d in data.clients.values()):,} "
-        f"private {task.unit}; adapter {config.adapter.method} on blocks {tuned}, "
-        f"{server.num_parameters:,} parameters"
+        f"{len(client_ids)} devices with {private} private {task.unit}; "
+        f"adapter {config.adapter.method} on blocks {tuned}, {server.num_parameters:,} parameters"
     )
     stored = frozenset(sha256 for package in packages.values() for sha256 in package.parts)
     return Bench(
@@ -206,6 +232,7 @@ def set_up(
         packages,
         stored,
         participants,
+        client_ids,
         zero_shot,
     )
 
@@ -247,15 +274,20 @@ def _emulators(
 def client_rungs(bench: Bench) -> dict[str, str]:
     """Return the rung of each device that ``federated.client_rungs`` gives one, by its name."""
     names = [rung_name(ratio) for ratio in bench.config.federated.client_rungs]
-    return dict(zip(sorted(bench.participants), cycle(names), strict=False))
+    return dict(zip(sorted(bench.client_ids), cycle(names), strict=False))
 
 
 def make_federation(
-    bench: Bench, controller: Controller, realign: Realign | None = None
+    bench: Bench,
+    controller: Controller,
+    realign: Realign | None = None,
+    fleet: Fleet | None = None,
 ) -> Federation:
     config = bench.config
     fed = config.federated
     transport: Transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
+    if fleet is not None:
+        transport = fleet.transport
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
     settings = LocalSettings(
@@ -300,6 +332,7 @@ def make_federation(
         settings=settings,
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,
+        reception=_reception(bench, fleet) if fleet is not None else None,
         server_weight_ratio=config.server.weight_ratio,
         min_clients=fed.min_clients,
         deadline_seconds=fed.round_deadline_seconds,
@@ -308,10 +341,26 @@ def make_federation(
     )
 
 
+def _reception(bench: Bench, fleet: Fleet) -> Reception:
+    """Return how devices are received: with the tokenizer, and how the run reads data."""
+    data = bench.config.data
+    record = {
+        "task": bench.config.model.task,
+        "block_size": data.block_size,
+        "max_tokens_per_client": data.max_tokens_per_client,
+        "max_examples_per_client": data.max_examples_per_client,
+        **bench.task.welcome(bench.loaded),
+    }
+    with TemporaryDirectory() as folder:
+        bench.loaded.processor.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return Reception(*welcome_message(record, files), fleet.offer)
+
+
 def _lora_aggregation(bench: Bench) -> LoraAggregation:
     fed, r = bench.config.federated, bench.config.adapter.r
     if fed.lora_aggregation != "average":
         check_only_pairs(bench.server.state())
-    ranks = zip(sorted(bench.participants), cycle(fed.client_ranks), strict=False)
+    ranks = zip(sorted(bench.client_ids), cycle(fed.client_ranks), strict=False)
     lower = {client_id: rank for client_id, rank in ranks if rank < r}
     return LoraAggregation(fed.lora_aggregation, lower)

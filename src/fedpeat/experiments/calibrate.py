@@ -198,7 +198,9 @@ def _alike(bench: Bench) -> Bench:
     data = bench.task.read(config, bench.loaded)
     data = replace(data, server=bench.data.server, validation=bench.data.validation)
     participants = {c: Participant(c, own, bench.shelf) for c, own in data.clients.items()}
-    return replace(bench, config=config, data=data, participants=participants)
+    return replace(
+        bench, config=config, data=data, participants=participants, client_ids=tuple(data.clients)
+    )
 
 
 def _facts(bench: Bench) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fedpeat import __version__
 from fedpeat.adapter.slices import sliced
 from fedpeat.adapter.tunable import adapter_facts
 from fedpeat.config.recipe import parse_recipe
+from fedpeat.core.version import VERSION
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
 from fedpeat.experiments.progress import Progress
@@ -36,7 +36,7 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "num_parameters": bench.loaded.num_parameters,
         "seed": config.seed,
         "num_rounds": progress.state.server_round,
-        "num_clients": len(bench.data.clients),
+        "num_clients": len(bench.client_ids),
         "best_round": _best_round(progress),
         "emulator": _emulator_facts(bench.package) if _is_compressed(bench) else None,
         "rungs": _rungs(bench, progress),
@@ -152,7 +152,7 @@ def gap_closed(
 def versions() -> dict[str, str]:
     """Return the versions of what computed the result."""
     libraries = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    return {"fedpeat": __version__, "python": platform.python_version(), **libraries}
+    return {"fedpeat": VERSION, "python": platform.python_version(), **libraries}
 
 
 def _best_round(progress: Progress) -> int:

@@ -19,7 +19,7 @@ from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.seeds import derive_seed
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
-from fedpeat.experiments.bench import make_federation, set_up
+from fedpeat.experiments.bench import Fleet, make_federation, set_up
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.observer import LogFile, Observer, Observers, Silent, TensorBoard
 from fedpeat.experiments.plugged import load_full_model
@@ -41,6 +41,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     observer: Observer | None = None,
+    fleet: Fleet | None = None,
 ) -> dict[str, Any]:
     """Run what the settings describe and leave a run folder.
 
@@ -49,6 +50,7 @@ def run(
         resume: Go on with the run that the folder holds, if it holds one.
         overwrite: Start anew, whatever the folder holds.
         observer: Is told how it goes.
+        fleet: Devices on other machines; they are simulated if None.
 
     Returns:
         The summary, as in summary.json.
@@ -66,8 +68,9 @@ def run(
         if config.method == "local":
             summary = _local_only(config, folder, observer)
         else:
-            summary, data = _federated(config, folder, observer)
-        if config.evaluation.full_tuned and config.method in {"fedpeat", "fed_eat"}:
+            summary, data = _federated(config, folder, observer, fleet=fleet)
+        can_bound = fleet is None and config.method in {"fedpeat", "fed_eat"}
+        if config.evaluation.full_tuned and can_bound:
             _add_upper_bound(config, folder, summary, data, observer)
         summary["cost"]["wall_seconds_with_upper_bound"] = time.perf_counter() - start
         folder.write_summary(summary)
@@ -128,6 +131,8 @@ def _federated(
     folder: RunFolder,
     observer: Observer,
     data: FederatedData[Examples] | None = None,
+    *,
+    fleet: Fleet | None = None,
 ) -> tuple[dict[str, Any], FederatedData[Examples]]:
     """Run rounds from the last checkpoint to the end, then score the best adapter.
 
@@ -142,7 +147,7 @@ def _federated(
         stack.callback(log.close)
         observer = Observers([observer, log])
         checkpoint = folder.latest_checkpoint(observer.message)
-        bench = set_up(config, folder, observer, data, pools_data=plan.pools_data)
+        bench = set_up(config, folder, observer, data, pools_data=plan.pools_data, fleet=fleet)
         config = bench.config
         board = TensorBoard(
             folder.path / "tensorboard", checkpoint.server_round if checkpoint else 0
@@ -154,7 +159,9 @@ def _federated(
             learnt = Path(config.controller.policy) / "controller.json"
             write_atomically(folder.path / "controller.json", learnt.read_text())
         progress = resumed(bench, checkpoint, controller) or begun(bench)
-        federation = make_federation(bench, controller, partial(aligned_anew, bench, observer))
+        federation = make_federation(
+            bench, controller, partial(aligned_anew, bench, observer), fleet
+        )
         setup_seconds = time.perf_counter() - start
         while progress.state.server_round < config.federated.num_rounds:
             progress = one_round(bench, federation, progress, observer)

@@ -44,7 +44,7 @@ def make_controller(bench: Bench) -> Controller:
             realign_every=config.server.realign_every,
             seed=config.seed,
         )
-    client_ids = sorted(bench.participants)
+    client_ids = sorted(bench.client_ids)
     workload = measure_workload(bench, scale=config.world.workload_scale)
     trained = _trained(bench)
     process = FederationProcess(

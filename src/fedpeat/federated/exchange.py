@@ -77,7 +77,7 @@ class Exchange:
             waiting = self._submit(kind, tasks)
         for node, content in tasks.items():
             num_bytes = len(content)
-            self._count(node, Sent(num_bytes, bytes_emulator=num_bytes if kind == "hold" else 0))
+            self.count(node, Sent(num_bytes, bytes_emulator=num_bytes if kind == "hold" else 0))
         meanwhile()
         replies: dict[str, Reply] = {}
         while waiting:
@@ -87,7 +87,7 @@ class Exchange:
                 if ticket in waiting:  # else nobody asked, or it was answered before
                     node = waiting.pop(ticket)
                     replies[node] = reply
-                    self._count(node, Sent(bytes_up=len(reply.content or b"")))
+                    self.count(node, Sent(bytes_up=len(reply.content or b"")))
             if self._is_over(start):
                 break
             if not arrived:
@@ -101,7 +101,8 @@ class Exchange:
         limit = self._deadline_seconds
         return limit is not None and time.monotonic() - start > limit
 
-    def _count(self, node: str, sent: Sent) -> None:
+    def count(self, node: str, sent: Sent) -> None:
+        """Add bytes to those of a node."""
         self.traffic[node] = self.traffic.get(node, Sent()) + sent
 
     @contextmanager

@@ -92,7 +92,7 @@ class Participant:
         self._kept_sha256 = ""
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
             "hello": self._hello,
-            "hold": self._hold,
+            "hold": self.hold,
             "train": self._train,
         }
 
@@ -148,7 +148,12 @@ class Participant:
             record["kept"] = self._kept_sha256
         return Payload(record=record)
 
-    def _hold(self, payload: Payload) -> Payload:
+    def hold(self, payload: Payload) -> Payload:
+        """Take an emulator, as the message "hold" does, where its parts are already here.
+
+        Raises:
+            EmulatorError: If it is damaged, or lacks a part that is not held.
+        """
         manifest, current = self._shelf.put(payload, self._parts)
         self._held = {held for held in self._held if short(held) in current} | {manifest.sha256}
         self._parts.update(map(short, manifest.hashes))

@@ -36,6 +36,7 @@ from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
+from fedpeat.federated.reception import Reception
 from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
 from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
@@ -84,6 +85,7 @@ class Federation:
         settings: How participants train.
         server_training: The server's own part; None if it takes none.
         realign: Aligns emulators anew when a plan asks for it; None if that cannot be.
+        reception: How devices on other machines are received; None if all are in this process.
         server_weight_ratio: Share of the average for the server; None for its number of examples.
         min_clients: Fewest accepted updates with which a round counts.
         deadline_seconds: Time for a round's replies [s]; None for no limit.
@@ -103,6 +105,7 @@ class Federation:
         settings: LocalSettings,
         server_training: ServerTraining | None,
         realign: Realign | None = None,
+        reception: Reception | None = None,
         server_weight_ratio: float | None,
         min_clients: int,
         deadline_seconds: float | None,
@@ -118,6 +121,7 @@ class Federation:
         self._settings = settings
         self._server_training = server_training
         self._realign = realign
+        self._reception = reception
         self._server_weight_ratio = server_weight_ratio
         self._min_clients = min_clients
         self._deadline_seconds = deadline_seconds
@@ -224,8 +228,12 @@ class Federation:
         """
         nodes = sorted(set(exchange.nodes()))
         parts = list(dict.fromkeys(sha256 for own in lasting.values() for sha256 in own))
-        question = Payload(record={"parts": parts} if parts else {})
-        replies = exchange.collect("hello", dict.fromkeys(nodes, encode(question)))
+        question = {"parts": parts} if parts else {}
+        if self._reception is None:
+            hello = encode(Payload(record=question))
+            replies = exchange.collect("hello", dict.fromkeys(nodes, hello))
+        else:
+            replies = self._reception.receive(nodes, question, exchange)
         clients, warnings = {}, []
         for node in nodes:
             try:
@@ -352,9 +360,12 @@ class Federation:
             if client.rung not in held.held_rungs:
                 case = client.rung, rung.lacking(held.held_parts)
                 if case not in messages:
-                    messages[case] = rung.hold_message(case[1], current)
+                    offer = None if self._reception is None else self._reception.offer
+                    messages[case] = rung.hold_message(case[1], current, offer)
                 tasks[client.client_id] = messages[case]
         replies = exchange.collect("hold", tasks)
+        if self._reception is not None:
+            self._reception.count_fetched(replies, exchange)
         answers = {client_id: replies.get(client_id) for client_id in tasks}
         return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,10 @@ from fedpeat.core.wire import Payload, encode
 from fedpeat.emulator.package import EmulatorPackage, Manifest, Memory
 from fedpeat.emulator.parts import short
 
-__all__ = ["EmulatorShelf", "Rung", "hashes_of"]
+__all__ = ["EmulatorShelf", "Offer", "Rung", "hashes_of"]
+
+Offer = Callable[[Mapping[str, bytes]], Mapping[str, Mapping[str, Any]]]
+"""Puts parts where devices can fetch them: parts by hash -> what a device needs for each."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,22 @@ class Rung:
         """Return the hashes of the parts that are not among those held."""
         return frozenset(sha256 for sha256 in self.parts if short(sha256) not in held)
 
-    def hold_message(self, lacking: Collection[str], current: Iterable[str]) -> bytes:
+    def hold_message(
+        self, lacking: Collection[str], current: Iterable[str], offer: Offer | None = None
+    ) -> bytes:
         """Return the message that gives a device the emulator.
 
         Args:
             lacking: Hashes of the parts that the device lacks.
             current: What ``hashes_of`` says of all rungs; a device forgets all else.
+            offer: Says how parts can be fetched; they are in the message if there is none.
         """
-        arrays = {
-            sha256: np.frombuffer(content, np.uint8)
-            for sha256, content in self.parts.items()
-            if sha256 in lacking
-        }
-        return encode(Payload(arrays, {**self.hold_record, "current": list(current)}))
+        parts = {sha256: part for sha256, part in self.parts.items() if sha256 in lacking}
+        record = {**self.hold_record, "current": list(current)}
+        if offer is not None:
+            return encode(Payload(record={**record, "fetch": dict(offer(parts))}))
+        arrays = {sha256: np.frombuffer(content, np.uint8) for sha256, content in parts.items()}
+        return encode(Payload(arrays, record))
 
 
 def hashes_of(rungs: Iterable[Rung]) -> list[str]:

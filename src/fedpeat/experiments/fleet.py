@@ -1,0 +1,74 @@
+"""The server's run on a fleet, as Flower starts it: the same run, with devices elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedpeat.config.loading import load_config
+from fedpeat.core.errors import FedPEATError
+from fedpeat.core.records import Reply, Transport
+from fedpeat.core.run_folder import write_atomically
+from fedpeat.experiments.bench import Fleet
+from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
+from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.run import run
+from fedpeat.federated.flower.depot import Depot
+
+__all__ = ["run_on"]
+
+_CRASHED = 1
+
+
+def run_on(transport: Transport) -> None:
+    """Run, or go on with, what the folder of the fleet says; leave word of how it ended there."""
+    fleet = FleetFolder(Path(os.environ[FLEET_VARIABLE]))
+    config = load_config(fleet.config)
+    write_atomically(fleet.process, json.dumps({"pid": os.getpid()}))
+    names = tuple(json.loads(fleet.devices.read_text()))
+    wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
+    depot = Depot(fleet.parts, fleet.parts_secret)
+    waiting = Patient(transport, wanted, config.federated.min_clients)
+    outcome = {"exit_code": 0, "error": ""}
+    try:
+        run(config, resume=True, observer=Silent(), fleet=Fleet(waiting, depot.offer, names))
+    except FedPEATError as error:
+        outcome = {"exit_code": error.exit_code, "error": str(error)}
+    except Exception as error:  # noqa: BLE001 - the supervisor is told, and tries again
+        outcome = {"exit_code": _CRASHED, "error": f"{type(error).__name__}: {error}"}
+    write_atomically(fleet.outcome, json.dumps(outcome))
+
+
+class Patient:
+    """A transport that waits for devices rather than begin a round without them.
+
+    Args:
+        inner: How devices are reached.
+        first: How many must be there before the first round.
+        least: How many before any other.
+    """
+
+    def __init__(self, inner: Transport, first: int, least: int) -> None:
+        self._inner = inner
+        self._wanted, self._least = first, least
+        self.interval_seconds = inner.interval_seconds
+
+    def nodes(self) -> list[str]:
+        """Return the devices that are online, once there are enough."""
+        while len(nodes := self._inner.nodes()) < self._wanted:
+            time.sleep(self.interval_seconds)
+        self._wanted = self._least
+        return nodes
+
+    def submit(
+        self, kind: str, tasks: Mapping[str, bytes], deadline_seconds: float | None
+    ) -> dict[str, str]:
+        """Send tasks."""
+        return self._inner.submit(kind, tasks, deadline_seconds)
+
+    def poll(self, tickets: Mapping[str, str]) -> list[tuple[str, Reply]]:
+        """Return the replies that have come."""
+        return self._inner.poll(tickets)

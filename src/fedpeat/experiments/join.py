@@ -1,0 +1,137 @@
+"""A device of a fleet: its data and emulators in this process, Flower's programs beside it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+
+from fedpeat.config import schema
+from fedpeat.config.schema import Config
+from fedpeat.core.errors import ConfigError, WireError
+from fedpeat.core.run_folder import storage_errors
+from fedpeat.data.examples import Examples
+from fedpeat.experiments.fleet_folder import free_port, secret_file
+from fedpeat.experiments.tasks import TASKS
+from fedpeat.federated.flower.cache import PartCache
+from fedpeat.federated.flower.keys import DeviceKeys, device_keys
+from fedpeat.federated.flower.processes import (
+    Program,
+    Supervisor,
+    end_on_sigterm,
+    environment,
+    tool,
+)
+from fedpeat.federated.flower.socket_link import SOCKET_KEY
+from fedpeat.federated.flower.worker import Device, serve_device
+from fedpeat.federated.shelf import EmulatorShelf
+from fedpeat.model.loading import resolve_device, resolve_dtype
+
+__all__ = ["join"]
+
+_LOOK_SECONDS = 0.5
+_BACK_OFF_SECONDS = 65.0  # the SuperLink takes a node that crashed for online for a minute
+_MAX_FILES = 64
+
+Say = Callable[[str], object]
+
+
+def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> None:
+    """Take part in a federation until told to end.
+
+    Args:
+        server: Where the server is, "HOST:PORT".
+        keys: Folder with the device's keys, as ``fedpeat keys`` makes it.
+        config: Settings, of which ``data`` says what the device has, and ``model.device`` and
+            ``model.dtype`` how it computes.
+        folder: Where emulators and logs are kept, for the next time too.
+        say: Is told what happens.
+
+    Raises:
+        FedPEATError: If address, keys or settings do not fit.
+    """
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"the server must be HOST:PORT, got {server!r}")
+    own = device_keys(keys)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    place = resolve_device(config.model.device)
+    shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
+    cache = PartCache(folder / "parts", server, own.ca)
+    device = Device(own.name, cache, shelf, _reader(config, own.name), say)
+    path = (folder / "worker.socket").absolute()
+    threading.Thread(target=serve_device, args=(path, device, say), daemon=True).start()
+    end_on_sigterm()
+    supervisor = Supervisor(_programs(server, own, folder.absolute(), path), say)
+    say(f"{own.name} joins {server}")
+    try:
+        while True:
+            supervisor.look()
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        supervisor.stop()
+
+
+def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[Program]:
+    secret, address = str(secret_file(folder / "tasks.secret")), f"127.0.0.1:{free_port()}"
+    env = environment(folder / "home")
+    supernode = [
+        *(tool("flower-supernode"), "--superlink", server),
+        *("--root-certificates", str(keys.ca.absolute())),
+        *("--auth-supernode-private-key", str(keys.key.absolute())),
+        *("--isolation", "process", "--superexec-auth-secret-file", secret),
+        *("--host", "127.0.0.1", "--port", address.split(":")[1]),
+        *("--node-config", f'{SOCKET_KEY}="{path}"'),
+    ]
+    superexec = [
+        *(tool("flower-superexec"), "--insecure", "--runtime-api-address", address),
+        *("--superexec-auth-secret-file", secret),
+    ]
+    logs = folder / "logs"
+    return [
+        Program("supernode", supernode, env, logs / "supernode.log", _BACK_OFF_SECONDS),
+        Program("superexec", superexec, env, logs / "superexec.log"),
+    ]
+
+
+def _reader(
+    config: Config, name: str
+) -> Callable[[Mapping[str, Any], Mapping[str, bytes]], Examples]:
+    """Return what reads the device's data, as a welcome says and its own settings."""
+
+    def read(welcome: Mapping[str, Any], files: Mapping[str, bytes]) -> Examples:
+        try:
+            task = TASKS[welcome["task"]]
+            shared = {
+                key: welcome[key]
+                for key in ("block_size", "max_tokens_per_client", "max_examples_per_client")
+            }
+            data = replace(config.data, **shared)
+        except (KeyError, TypeError) as error:
+            raise WireError(
+                f"not a welcome: it lacks {error}; tasks are {', '.join(get_args(schema.Task))}"
+            ) from error
+        return task.read_own(data, _processor(task.load_processor, files), welcome, name)
+
+    return read
+
+
+def _processor(load: Callable[..., Any], files: Mapping[str, bytes]) -> Any:
+    """Return a tokenizer or image processor from its files, none of which may be code."""
+    names = [name for name in files if Path(name).name != name or name.endswith(".py")]
+    if names or len(files) > _MAX_FILES:
+        raise WireError(f"a welcome's files must be plain names without code, got {names[:3]}")
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return load(folder)

@@ -1,0 +1,252 @@
+"""The server side of a fleet, started and kept running: SuperLink, gate, and the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fedpeat.config.loading import config_to_yaml
+from fedpeat.config.schema import Config
+from fedpeat.core.errors import AggregationError, ConfigError, FleetError
+from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
+from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
+from fedpeat.federated.flower.gate import GateSettings
+from fedpeat.federated.flower.keys import ServerKeys, server_keys
+from fedpeat.federated.flower.processes import (
+    Program,
+    Supervisor,
+    end_on_sigterm,
+    environment,
+    tool,
+)
+
+__all__ = ["serve"]
+
+_LINK = "fleet"
+_LOOK_SECONDS = 0.5
+_START_SECONDS = 120.0
+_SUBMIT_SECONDS = 120.0  # from a submission to the process that runs it
+_MOST_SUBMISSIONS = 5  # without a round in between
+
+Say = Callable[[str], object]
+
+
+def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run what the settings describe on devices that join, and leave a run folder.
+
+    Args:
+        config: All settings.
+        say: Is told what happens.
+        resume: Go on with the run that the folder holds, if it holds one.
+        overwrite: Start anew, whatever the folder holds.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        FedPEATError: If keys, port or settings do not fit, or the run failed.
+    """
+    keys = server_keys(Path(config.fleet.keys))
+    folder = Path(config.output_dir) / config.name
+    fleet = FleetFolder(folder.with_name(f"{folder.name}-fleet").absolute())
+    _prepare(config, keys, fleet, RunFolder(folder), resume=resume, overwrite=overwrite)
+    _require_free(config.fleet.host, config.fleet.port)
+    end_on_sigterm()
+    supervisor = Supervisor(_programs(config, keys, fleet), say)
+    try:
+        _wait_until_healthy(supervisor, fleet, keys)
+        say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
+        _register(fleet, keys, say)
+        _see_through(fleet, folder, supervisor, say)
+    finally:
+        supervisor.stop()
+    return folder
+
+
+def _prepare(
+    config: Config,
+    keys: ServerKeys,
+    fleet: FleetFolder,
+    run_folder: RunFolder,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    begun = run_folder.has_run()
+    if begun and not (resume or overwrite):
+        raise ConfigError(
+            f"{run_folder.path} already holds a run; --resume goes on, --overwrite starts anew"
+        )
+    if begun and overwrite:
+        run_folder.create()
+        run_folder.clear()
+        run_folder.close()
+    with storage_errors(fleet.path):
+        fleet.path.mkdir(parents=True, exist_ok=True)
+        fleet.path.chmod(0o700)
+        fleet.home.mkdir(exist_ok=True)
+        fleet.outcome.unlink(missing_ok=True)
+    settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    write_atomically(fleet.config, config_to_yaml(settings))
+    write_atomically(fleet.devices, json.dumps(sorted(keys.devices)))
+    fleet.write_app()
+    link = f'[superlink.{_LINK}]\naddress = "127.0.0.1:{fleet.superlink_port()}"\n'
+    link += f'root-certificates = "{keys.ca.absolute()}"\n'
+    write_atomically(fleet.home / "config.toml", link)
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"fleet.port must be one that nobody uses on {host}, got {port}: {error.strerror}"
+        ) from error
+
+
+def _programs(config: Config, keys: ServerKeys, fleet: FleetFolder) -> list[Program]:
+    address = f"127.0.0.1:{fleet.superlink_port()}"
+    ca, certificate, key = (str(p.absolute()) for p in (keys.ca, keys.certificate, keys.key))
+    gate = GateSettings(
+        host=config.fleet.host,
+        port=config.fleet.port,
+        superlink=address,
+        ca=ca,
+        certificate=certificate,
+        key=key,
+        parts=str(fleet.parts),
+        secret=str(fleet.parts_secret),
+    )
+    gate_file = fleet.path / "gate.json"
+    write_atomically(gate_file, json.dumps(asdict(gate)))
+    secret = str(fleet.tasks_secret)
+    env = environment(fleet.home, **{FLEET_VARIABLE: str(fleet.path)})
+    superlink = [
+        *(tool("flower-superlink"), "--host", "127.0.0.1", "--port", address.split(":")[1]),
+        *("--isolation", "process", "--superexec-auth-secret-file", secret),
+        *("--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key),
+        *("--enable-supernode-auth", "--database", str(fleet.state)),
+        "--disable-runtime-dependency-installation",
+    ]
+    superexec = [
+        *(tool("flower-superexec"), "--runtime-api-address", address),
+        *("--root-certificates", ca, "--superexec-auth-secret-file", secret),
+    ]
+    own_gate = [sys.executable, "-m", "fedpeat.federated.flower.gate", str(gate_file)]
+    return [
+        Program("superlink", superlink, env, fleet.log("superlink")),
+        Program("gate", own_gate, env, fleet.log("gate")),
+        Program("superexec", superexec, env, fleet.log("superexec")),
+    ]
+
+
+def _wait_until_healthy(supervisor: Supervisor, fleet: FleetFolder, keys: ServerKeys) -> None:
+    context = ssl.create_default_context(cafile=keys.ca)
+    url = f"https://127.0.0.1:{fleet.superlink_port()}/health"
+    start = time.monotonic()
+    while time.monotonic() - start < _START_SECONDS:
+        supervisor.look()
+        try:
+            with urllib.request.urlopen(url, timeout=5, context=context):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(_LOOK_SECONDS)
+    raise FleetError(
+        f"the SuperLink did not come up in {_START_SECONDS:g} s; see {fleet.log('superlink')}"
+    )
+
+
+def _register(fleet: FleetFolder, keys: ServerKeys, say: Say) -> None:
+    """Tell the SuperLink the keys of devices that it does not know yet."""
+    known = json.loads(fleet.registered.read_text()) if fleet.registered.exists() else []
+    for name, key in keys.devices.items():
+        if name not in known:
+            command = ["supernode", "register", str(key.absolute()), _LINK, "--name", name]
+            _flwr(fleet, command)
+            known.append(name)
+            write_atomically(fleet.registered, json.dumps(known))
+    say(f"{len(known)} devices may join: {', '.join(known[:8])}{' ...' if len(known) > 8 else ''}")
+
+
+def _flwr(fleet: FleetFolder, arguments: list[str]) -> Any:
+    """Return what a command of Flower answers, as JSON."""
+    done = subprocess.run(  # noqa: S603 - our own list of arguments
+        [tool("flwr"), *arguments, "--format", "json"],
+        env=environment(fleet.home),
+        capture_output=True,
+        text=True,
+        timeout=_START_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    text = done.stdout[done.stdout.find("{") :]
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = {"success": False, "error-message": (done.stdout + done.stderr)[-300:]}
+    if not answer.get("success"):
+        reason = " ".join(str(answer.get("error-message")).split())
+        raise FleetError(f"flwr {arguments[0]} failed: {reason}")
+    return answer
+
+
+def _see_through(fleet: FleetFolder, folder: Path, supervisor: Supervisor, say: Say) -> None:
+    """Submit the run, again whenever its process is gone, until it has ended."""
+    submitted, num_submissions, last_round = -_SUBMIT_SECONDS, 0, -1
+    while True:
+        supervisor.look()
+        if fleet.outcome.exists():
+            outcome = json.loads(fleet.outcome.read_text())
+            if outcome["exit_code"] == 0:
+                return
+            fleet.outcome.unlink()
+            if outcome["exit_code"] == ConfigError.exit_code:
+                raise ConfigError(outcome["error"])
+            say(f"the run stopped: {outcome['error']}")
+        server_round = _last_round(folder)
+        if server_round > last_round:
+            if last_round >= 0:
+                say(f"round {server_round} done")
+            last_round, num_submissions = server_round, 0
+        if not _is_alive(fleet) and time.monotonic() - submitted > _SUBMIT_SECONDS:
+            if num_submissions == _MOST_SUBMISSIONS:
+                raise AggregationError(
+                    f"the run ended {num_submissions} times without a round; see {folder}/log.txt "
+                    f"and {fleet.log('superexec')}"
+                )
+            _flwr(fleet, ["run", str(fleet.app), _LINK])
+            num_submissions, submitted = num_submissions + 1, time.monotonic()
+            say("the run is submitted")
+        elif _is_alive(fleet):
+            submitted = -_SUBMIT_SECONDS
+        time.sleep(_LOOK_SECONDS)
+
+
+def _last_round(folder: Path) -> int:
+    rounds = [
+        int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("round-*[0-9]")
+    ]
+    return max(rounds, default=0)
+
+
+def _is_alive(fleet: FleetFolder) -> bool:
+    """Say whether the process that runs the rounds is there."""
+    try:
+        pid = int(json.loads(fleet.process.read_text())["pid"])
+        os.kill(pid, 0)
+        command = Path(f"/proc/{pid}/cmdline")
+        return not command.exists() or b"serverapp" in command.read_bytes()
+    except (OSError, ValueError, KeyError):
+        return False

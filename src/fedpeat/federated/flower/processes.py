@@ -1,0 +1,144 @@
+"""Starts the programs that a server or a device consists of, again whenever one ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Program", "Supervisor", "end_on_sigterm", "environment", "tool"]
+
+# Ends the program when the supervisor dies, however that dies (Linux); then becomes the program.
+_LAUNCH = """
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (OSError, AttributeError):
+    pass
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+_GRACE_SECONDS = 5.0
+
+FLOWER_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Nothing but the server is called, nothing is installed while it runs."""
+
+
+def tool(name: str) -> str:
+    """Return the path of a command of this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Return the environment of Flower's programs.
+
+    Args:
+        home: Where Flower keeps its files.
+        more: Further variables.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path, **more}
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that it ends its programs first."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@dataclass
+class Program:
+    """A program that is to run all the time.
+
+    Attributes:
+        name: What it is called in messages and by its log.
+        command: Path and arguments.
+        env: Its environment.
+        log: File for what it says.
+        back_off_seconds: How long to wait before it is started again [s].
+    """
+
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str]
+    log: Path
+    back_off_seconds: float = 2.0
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    start_at: float = field(default=0.0, init=False)
+    num_starts: int = field(default=0, init=False)
+
+
+class Supervisor:
+    """Keeps programs running.
+
+    Args:
+        programs: The programs, in the order in which they are started.
+        say: Is told what happens.
+    """
+
+    def __init__(self, programs: Sequence[Program], say: Callable[[str], object]) -> None:
+        self._programs = list(programs)
+        self._say = say
+
+    def look(self) -> None:
+        """Start what is not running and is due."""
+        for program in self._programs:
+            process = program.process
+            if process is not None and process.poll() is not None:
+                self._say(
+                    f"{program.name} ended with {process.returncode}; "
+                    f"again in {program.back_off_seconds:g} s (see {program.log})"
+                )
+                program.process = None
+                program.start_at = time.monotonic() + program.back_off_seconds
+            if program.process is None and time.monotonic() >= program.start_at:
+                _start(program)
+
+    def stop(self) -> None:
+        """End all programs, the last one first: politely, then by force."""
+        running = [p for p in reversed(self._programs) if p.process is not None]
+        for program in running:
+            _signal(program, signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for program in running:
+            assert program.process is not None
+            with suppress(subprocess.TimeoutExpired):
+                program.process.wait(max(0.1, deadline - time.monotonic()))
+            _signal(program, signal.SIGKILL)  # and what it started
+            program.process.wait()
+            program.process = None
+
+
+def _start(program: Program) -> None:
+    program.log.parent.mkdir(parents=True, exist_ok=True)
+    with program.log.open("ab") as log:
+        program.process = subprocess.Popen(  # noqa: S603 - our own list of programs
+            [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *program.command],
+            env=dict(program.env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    program.num_starts += 1
+
+
+def _signal(program: Program, number: int) -> None:
+    assert program.process is not None
+    with suppress(ProcessLookupError):
+        os.killpg(program.process.pid, number)

@@ -1,0 +1,80 @@
+"""How a server receives devices on other machines: who is new is told how the run reads data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedpeat.core.errors import WireError
+from fedpeat.core.records import Reply
+from fedpeat.core.version import VERSION
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.federated.exchange import Exchange, Sent
+from fedpeat.federated.shelf import Offer
+
+__all__ = ["Reception", "welcome_message"]
+
+_MAX_FETCHED_BYTES = 2**40
+
+
+def welcome_message(record: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[str, bytes]:
+    """Return the hash and the bytes of what a new device is told.
+
+    Args:
+        record: How the run reads data.
+        files: Files of the tokenizer or image processor, by name.
+    """
+    arrays = {name: np.frombuffer(content, np.uint8) for name, content in files.items()}
+    sha256 = hashlib.sha256(encode(Payload(arrays, record))).hexdigest()
+    return sha256, encode(Payload(arrays, {**record, "welcome": sha256}))
+
+
+@dataclass(frozen=True)
+class Reception:
+    """What devices on other machines need besides a round's messages.
+
+    Attributes:
+        welcome_sha256: Hash of the welcome.
+        welcome: The message of the kind "welcome".
+        offer: Puts the parts of an emulator where devices can fetch them.
+    """
+
+    welcome_sha256: str
+    welcome: bytes
+    offer: Offer
+
+    def receive(
+        self, nodes: Sequence[str], question: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Reply]:
+        """Say hello to every node, welcome those that are new, and return all answers."""
+        record = {**question, "version": VERSION, "welcome": self.welcome_sha256}
+        hello = encode(Payload(record=record))
+        replies = exchange.collect("hello", dict.fromkeys(nodes, hello))
+        new = [node for node, reply in replies.items() if self._is_new(reply)]
+        welcomed = exchange.collect("welcome", dict.fromkeys(new, self.welcome))
+        replies |= {node: reply for node, reply in welcomed.items() if reply.content is None}
+        known = [node for node, reply in welcomed.items() if reply.content is not None]
+        return {**replies, **exchange.collect("hello", dict.fromkeys(known, hello))}
+
+    def _is_new(self, reply: Reply) -> bool:
+        """Say whether a node answers, but has not been told what it must know."""
+        if reply.content is None:
+            return False
+        try:
+            return decode(reply.content).record.get("welcome") != self.welcome_sha256
+        except WireError:
+            return False
+
+    def count_fetched(self, replies: Mapping[str, Reply], exchange: Exchange) -> None:
+        """Count the bytes of the parts that devices fetched, as they say."""
+        for node, reply in replies.items():
+            try:
+                fetched = decode(reply.content or b"").record.get("fetched_bytes")
+            except WireError:
+                continue
+            if type(fetched) is int and 0 <= fetched <= _MAX_FETCHED_BYTES:
+                exchange.count(node, Sent(bytes_down=fetched, bytes_emulator=fetched))
