@@ -120,6 +120,7 @@ def quality() -> QualityModel:
     return QualityModel(
         speed=np.array([[0.05, 0.045, 0.04, 0.03]]),
         excess=np.array([[0.0, 0.01, 0.03, 0.1]]),
+        skew=np.array([0.05]),
         server_speed=np.array([0.04]),
         steps_power=np.array([0.5]),
         devices_power=np.array([0.5]),

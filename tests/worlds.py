@@ -54,6 +54,7 @@ def quality() -> QualityModel:
     return QualityModel(
         speed=np.array([[0.05, 0.04, 0.02]]),
         excess=np.array([[0.0, 0.02, 0.1]]),
+        skew=np.array([0.05]),
         server_speed=np.array([0.04]),
         steps_power=np.array([0.5]),
         devices_power=np.array([0.5]),

@@ -95,6 +95,25 @@ def test_the_reference_plan_costs_the_weights() -> None:
         assert costs.mean() == pytest.approx(0.5 * (1 + emulators), rel=0.25)
 
 
+def test_a_policy_sees_whose_data_were_used_of_late() -> None:
+    env = many(4, preset="laptop", horizon=9, **FREE)
+    obs, _ = env.reset(seed=0)
+    place = env.process.features["devices"].index("recent_share")
+    assert (obs["devices"][..., place] == 0).all()
+    first_alone = action(env, takes_part=0, rung=2, local_steps=1)
+    first_alone[:, 0] = 1
+    for _ in range(3):
+        obs, *_ = env.step(first_alone)
+        np.testing.assert_allclose(obs["devices"][..., place], [[1.0] + [0.0] * 9] * 4)
+    process = env.process
+    examples = process.episode.examples
+    obs, *_ = env.step(action(env, takes_part=1, rung=2, local_steps=1))
+    shares = examples / examples.sum(-1, keepdims=True)
+    recent = shares + 0.7 * (1 + 0.7 + 0.49) * (np.arange(DEVICES) == 0)
+    wanted = recent / recent.sum(-1, keepdims=True)
+    np.testing.assert_allclose(obs["devices"][..., place], wanted, rtol=1e-5)
+
+
 def test_the_mask_is_what_the_devices_can_hold() -> None:
     env = many(50)
     obs, _ = env.reset(seed=1)

@@ -43,6 +43,7 @@ def truth(**changes: Any) -> QualityModel:
     constants: dict[str, Any] = {
         "speed": [0.03, 0.026, 0.02, 0.012],
         "excess": [0.0, 0.02, 0.06, 0.15],
+        "skew": 0.1,
         "server_speed": 0.04,
         "steps_power": 0.6,
         "devices_power": 0.35,
@@ -67,6 +68,7 @@ def worked(rng: np.random.Generator, num_rounds: int, rungs: Sequence[int]) -> R
         server_share=np.full(num_rounds, share),
         server_steps=np.full(num_rounds, 8.0 * (share > 0)),
         staleness=np.arange(num_rounds) % interval * 1.0,
+        num_recent=num_devices * rng.uniform(0.3, 1, num_rounds),
     )
 
 
@@ -77,9 +79,10 @@ def logged(
     rungs: tuple[int, ...] = (0, 1, 2, 3),
     decay: float = 0.1,
     num_policies: int = 20,
+    skew: float = 0.1,
 ) -> RoundLog:
     """Return two federations of 8 rounds for each policy, which start at 3 nat."""
-    rng, model = np.random.default_rng(seed), truth(staleness_decay=decay)
+    rng, model = np.random.default_rng(seed), truth(staleness_decay=decay, skew=skew)
     works, losses = [], []
     for _ in range(num_policies):
         plan = rng.integers(2**32)
@@ -117,7 +120,7 @@ def test_curves_while_fitting_are_those_of_the_quality_model() -> None:
         work[name][nth::7] = 0.0
     table = _table(replace(logged(), work=RoundWork(**work)))
     every = np.ones((3, len(table.policy)), dtype=bool)
-    latent = torch.randn((3, 13), generator=torch.manual_seed(0), dtype=torch.float64)
+    latent = torch.randn((3, 14), generator=torch.manual_seed(0), dtype=torch.float64)
     constants = _constants(latent, _scales(table, every))
     pull, floor = _pull(constants, _Rounds.of(table))
     before = torch.from_numpy(table.before)
@@ -167,7 +170,7 @@ def test_federations_that_are_held_out_leave_no_trace_in_a_fit() -> None:
 
 def test_errors_worked_by_hand() -> None:
     none, ones = np.zeros(6), np.ones(6)
-    server_alone = RoundWork(np.zeros((6, 4)), none, none, ones, ones, none)
+    server_alone = RoundWork(np.zeros((6, 4)), none, none, ones, ones, none, ones)
     names = np.array([0, 0, 1, 1, 1, 2])
     before, after = np.array([[3.0, 2.6, 3.0, 2.9, 2.7, 3.0], [2.6, 2.4, 2.9, 2.7, 2.6, 2.3]])
     table = _table(RoundLog(names, names, before, after, server_alone))
@@ -181,7 +184,7 @@ def test_errors_worked_by_hand() -> None:
 
 
 def test_rounds_of_federations_of_any_length_are_told_apart() -> None:
-    work = RoundWork(np.full((5, 4), 0.25), *[np.arange(5) / 5.0] * 5)
+    work = RoundWork(np.full((5, 4), 0.25), *[np.arange(5) / 5.0] * 6)
     before = np.array([3.0, 4.0, 2.9, 2.8, 3.9])
     table = _table(
         RoundLog(np.array([7, 2, 7, 7, 2]), np.array([1, 0, 1, 1, 0]), before, before, work)
@@ -208,6 +211,12 @@ def test_the_slowing_by_staleness_is_found_where_there_is_some() -> None:
     steady, _ = fitted(decay=0.0)
     assert slowed.staleness_decay == pytest.approx(0.1, rel=0.3)
     assert (steady.staleness_decay < 0.01).all()
+
+
+def test_what_few_devices_cost_is_found() -> None:
+    some, none = (fitted(skew=skew)[0].skew for skew in (0.4, 0.0))
+    assert some == pytest.approx(0.4, rel=0.25)
+    assert (none < 0.05).all()
 
 
 def test_staleness_that_never_was_is_taken_to_slow_little() -> None:
@@ -341,7 +350,7 @@ def test_a_fit_for_other_rungs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (["schema"], 2, "must have schema 1, got 2"),
+        (["schema"], 1, "must have schema 2, got 1"),
         (["constants", "floor"], [-math.inf], "is damaged: WorldError"),
         (["constants", "speed"], [[0.1, 0.1, 0.1]], r"is damaged: .*speed has shape \(1, 3\)"),
         (["constants", "floor"], [], "is damaged: "),

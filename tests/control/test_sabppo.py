@@ -190,7 +190,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
 def test_features_are_normalised_by_what_was_seen() -> None:
     made = policy("set", env())
     torch.manual_seed(1)
-    batches = [(3 + 2 * torch.randn(50, 3, 16), 5 - 4 * torch.randn(50, 6)) for _ in range(40)]
+    batches = [(3 + 2 * torch.randn(50, 3, 17), 5 - 4 * torch.randn(50, 6)) for _ in range(40)]
     for devices, world in batches:
         made.see(devices, world)
     parts = [made.normalised(*batch) for batch in batches]

@@ -104,6 +104,43 @@ def test_a_simulated_world_goes_on_after_an_interruption(config: Config) -> None
 # --- calibration and learning -------------------------------------------------------------------
 
 
+def test_plans_of_a_calibration_cover_what_there_is_to_plan(config: Config) -> None:
+    many = override(config, {"calibration": {"num_federations": 40}})
+    plans = [design_of(many, index, 3) for index in range(40)]
+    lone = [plan for plan in plans if max(plan.rung_share) == 1]
+    assert len(lone) == 20
+    assert {plan.rung_share for plan in lone} == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+    assert all(sum(plan.rung_share) == pytest.approx(1) for plan in plans)
+    for name, wanted in (("local_steps", [1, 3]), ("server_steps", [0, 2])):
+        assert [[getattr(p, name) for p in plans].count(n) for n in wanted] == [20, 20]
+    assert sum(plan.is_skewed for plan in plans) == 20
+    assert sum(plan.pool == 1 for plan in plans) == 20
+    assert min(plan.pool for plan in plans) < 0.1
+    fractions = sorted(plan.fraction for plan in plans)
+    assert all(place / 40 <= f < (place + 1) / 40 for place, f in enumerate(fractions) if place)
+
+
+def test_data_that_are_alike_are_not_shared_out_anew(config: Config) -> None:
+    alike = override(config, {"data": {"partition": "iid", "num_clients": 3}})
+    assert all(design_of(alike, index, 3).is_skewed for index in range(12))
+
+
+def test_devices_of_late_are_those_of_the_rounds(finished: tuple[Config, Path]) -> None:
+    _, folder = finished
+    number = json.loads((folder / "calibration.json").read_text())["num_devices"]
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    own = [line for line in lines if line["design"]["is_skewed"]]
+    others = [line for line in lines if not line["design"]["is_skewed"]]
+    assert own
+    assert others
+    assert all(line["num_recent"] == number for line in others)
+    for line in own:
+        assert line["num_recent"] >= 1
+        if line["round"] == 1:
+            assert line["num_recent"] == pytest.approx(line["num_effective"])
+    assert len({line["num_recent"] for line in own}) > 2
+
+
 @pytest.fixture(scope="module")
 def finished(
     model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedpeat.core.errors import WorldError
-from fedpeat.mec.quality import QualityModel, RoundWork
+from fedpeat.mec.quality import QualityModel, RoundWork, effective_number, recent_shares
 from worlds import quality
 
 FIRST = np.array([0])
@@ -25,6 +25,7 @@ def work(**changes: Any) -> RoundWork:
         "server_share": 0.0,
         "server_steps": 0.0,
         "staleness": 0.0,
+        "num_recent": math.inf,
     }
     return RoundWork(**{name: np.array([value]) for name, value in (numbers | changes).items()})
 
@@ -53,6 +54,25 @@ def test_stale_emulators_are_slower() -> None:
     after = quality().next_loss(np.array([3.0]), work(staleness=10.0), FIRST)
     progress = 2 * 0.035 * 3 * math.exp(-0.02 * 10)
     assert after == pytest.approx(2.05 + math.exp(-progress) * 0.95)
+
+
+def test_what_follows_one_device_settles_higher_than_what_follows_many() -> None:
+    after = [
+        quality().next_loss(np.array([3.0]), work(num_recent=number), FIRST).item()
+        for number in (0.0, 1.0, 5.0)
+    ]
+    pull = 1 - math.exp(-2 * 0.035 * 3)
+    assert after[:2] == [pytest.approx(3 - pull * (3 - 2.05 - 0.05))] * 2
+    assert after[2] == pytest.approx(3 - pull * (3 - 2.05 - 0.05 / 5))
+
+
+def test_devices_of_late_worked_by_hand() -> None:
+    recent = np.array([[1.0, 0.0, 0.0], [0.2, 0.4, 0.0]])
+    weights = np.array([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    shares = recent_shares(recent, weights)
+    np.testing.assert_allclose(shares, [[0.7 + 0.25, 0.75, 0.0], [0.2, 0.4, 0.0]])
+    numbers = effective_number(np.array([[2.0, 2.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(numbers, [2.0, 1.6, 0.0])
 
 
 def test_a_round_in_which_nobody_did_anything_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from fedpeat.core.errors import CheckpointError, WorldError
 from fedpeat.mec.channel import decibels
-from fedpeat.mec.quality import QualityModel, RoundWork
+from fedpeat.mec.quality import QualityModel, RoundWork, effective_number, recent_shares
 from fedpeat.mec.workload import WorkloadProfile
 from fedpeat.mec.world import (
     NONE_HELD,
@@ -53,6 +53,7 @@ _DEVICE_FEATURES = (
     "examples",
     "idle_rounds",
     "last_loss_over_loss",
+    "recent_share",
     "present",
 )
 _WORLD_FEATURES = (
@@ -179,6 +180,7 @@ class Episode:
     examples: Float[np.ndarray, "worlds devices"]
     idle_rounds: Float[np.ndarray, "worlds devices"]
     last_loss: Float[np.ndarray, "worlds devices"]
+    recent: Float[np.ndarray, "worlds devices"]
 
 
 class FederationProcess:
@@ -309,6 +311,7 @@ class FederationProcess:
             spent=episode.spent + cost.totals,
             idle_rounds=np.where(cost.finished, 0.0, episode.idle_rounds + 1),
             last_loss=before,
+            recent=recent_shares(episode.recent, episode.examples * cost.finished),
         )
 
     @property
@@ -381,6 +384,7 @@ class FederationProcess:
             examples=np.exp(self.rng.uniform(low, high, (worlds, devices))),
             idle_rounds=np.zeros((worlds, devices)),
             last_loss=np.repeat(start[:, None], devices, axis=1),
+            recent=np.zeros((worlds, devices)),
         )
 
     def demand(self, choices: Choices) -> Demand:
@@ -414,11 +418,12 @@ class FederationProcess:
         on_rung = demand.rung[..., None] == np.arange(self.workload.num_rungs)
         return RoundWork(
             rung_share=(counted[..., None] * on_rung).sum(1) / safe[:, None],
-            num_effective=total**2 / np.maximum((counted**2).sum(-1), 1e-12),
+            num_effective=effective_number(counted),
             local_steps=(counted * demand.local_steps).sum(-1) / safe,
             server_share=server_share.astype(float),
             server_steps=demand.server_steps.astype(float),
             staleness=np.where(demand.realigns, 0.0, self.episode.staleness),
+            num_recent=effective_number(recent_shares(self.episode.recent, counted)),
         )
 
     def observe(self) -> Observation:
@@ -434,6 +439,7 @@ class FederationProcess:
             np.log(episode.examples / math.sqrt(math.prod(settings.device_examples))),
             np.minimum(episode.idle_rounds, 10) / 10,
             episode.last_loss - episode.loss[:, None],
+            episode.recent / np.maximum(episode.recent.sum(-1, keepdims=True), 1e-12),
             world.present,
         ]
         gap = settings.start_loss - self.quality.floor.mean()

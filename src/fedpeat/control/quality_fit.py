@@ -20,7 +20,7 @@ from fedpeat.mec.quality import QualityModel, RoundWork
 
 __all__ = ["FitError", "FitSettings", "RoundLog", "fit_quality", "load_quality", "save_quality"]
 
-_SCHEMA = 1
+_SCHEMA = 2
 _FILE = "quality.json"
 _NUM_STARTS = 4
 _NUM_STEPS = 500
@@ -381,6 +381,7 @@ class _Rounds:
     server_share: Float[Tensor, "federations rounds"]
     server_steps: Float[Tensor, "federations rounds"]
     staleness: Float[Tensor, "federations rounds"]
+    num_recent: Float[Tensor, "federations rounds"]
 
     @classmethod
     def of(cls, table: _Table) -> _Rounds:
@@ -403,7 +404,7 @@ def _fit(
     chosen = training.repeat(num_members, axis=0)
     draws = torch.from_numpy(rng.multinomial(chosen.sum(1), chosen / chosen.sum(1, keepdims=True)))
     scales = _scales(table, training).repeated(num_members)
-    starts = torch.from_numpy(rng.standard_normal((num_curves, _NUM_STARTS, 2 * num_rungs + 5)))
+    starts = torch.from_numpy(rng.standard_normal((num_curves, _NUM_STARTS, 2 * num_rungs + 6)))
     starts[:, 0] = 0.0  # what the prior expects
     latent, cost = _minimise(
         _Rounds.of(table),
@@ -482,6 +483,7 @@ def _pull(
     faded = (-c["staleness_decay"] * rounds.staleness).exp()
     progress = devices * crowd * faded * speed * rounds.local_steps ** c["steps_power"]
     server = c["server_speed"] * rounds.server_steps ** c["steps_power"]
+    excess = excess + c["skew"] / rounds.num_recent.clamp(min=1)
     return torch.expm1(-progress - rounds.server_share * server), c["floor"] + devices * excess
 
 
@@ -491,17 +493,19 @@ def _constants(latent: Float[Tensor, "curves latents"], scales: _Scales) -> dict
     The prior is weak, and decides where the log says little. Speeds walk along the ladder, from the
     server over the largest rung to the smallest, by a factor of about 2 a step, as do excesses: a
     rung never used is like its neighbour. Powers are about 1/2 and seldom above 1, the decay of
-    speed is near 0, and the floor lies below the lowest loss by about a third of the gain.
+    speed is near 0, skew costs little, and the floor lies below the lowest loss by about a third of
+    the gain.
     """
-    num_rungs = (latent.shape[1] - 5) // 2
-    speeds, excess, rest = latent.split([num_rungs + 1, num_rungs, 4], dim=1)
-    gain, (steps, devices, staleness, gap) = scales.gain, rest.T
+    num_rungs = (latent.shape[1] - 6) // 2
+    speeds, excess, rest = latent.split([num_rungs + 1, num_rungs, 5], dim=1)
+    gain, (steps, devices, staleness, gap, skew) = scales.gain, rest.T
     walk = torch.full((num_rungs + 1,), 0.7, dtype=latent.dtype)
     walk[0] = 1.5
     speeds = scales.speed[:, None] * (speeds * walk).cumsum(1).exp()
     return {
         "speed": speeds[:, 1:],
         "excess": gain[:, None] * functional.softplus((excess * walk[:-1]).cumsum(1) - 3),
+        "skew": gain * functional.softplus(1.5 * skew - 3),
         "server_speed": speeds[:, 0],
         "steps_power": functional.softplus(0.7 * steps - 0.4),
         "devices_power": functional.softplus(0.7 * devices - 0.4),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from fedpeat.config.loading import config_to_yaml
 from fedpeat.config.schema import Config
@@ -30,7 +31,7 @@ from fedpeat.experiments.progress import aligned_anew
 from fedpeat.experiments.workload import measure_workload
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.rounds import FederationState
-from fedpeat.mec.quality import RoundWork
+from fedpeat.mec.quality import RoundWork, effective_number, recent_shares
 from fedpeat.tuning.evaluation import evaluate
 
 __all__ = ["FACTS", "Design", "calibrate", "design_of", "log_of"]
@@ -49,7 +50,9 @@ class Design:
         local_steps: Steps of a device.
         server_steps: Steps of the server.
         realign_every: Rounds from one alignment to the next; 0 for none.
-        is_skewed: Whether devices have data of their own kind, as the settings say, or all alike.
+        is_skewed: Whether devices have their own data, as the settings say, or other data that are
+            alike; what is alike by its settings stays as it is.
+        pool: Share of the devices that are drawn from at all.
     """
 
     fraction: float
@@ -58,6 +61,7 @@ class Design:
     server_steps: int
     realign_every: int
     is_skewed: bool
+    pool: float
 
 
 def calibrate(config: Config, *, observer: Observer | None = None) -> tuple[Path, FitError]:
@@ -123,7 +127,8 @@ def design_of(config: Config, index: int, num_rungs: int) -> Design:
         local_steps=pick("local steps", control.local_steps),
         server_steps=pick("server steps", control.server_steps),
         realign_every=pick("realign", (0, 2, 4)) if control.realigns else 0,
-        is_skewed=spread("skew") < 1 / 2,
+        is_skewed=spread("skew") < 1 / 2 or config.data.partition == "iid",
+        pool=min(1.0, 2 * spread("pool")),
     )
 
 
@@ -143,7 +148,9 @@ class _Designed:
         rng = generator(self._seed, "cohort", observation.server_round)
         clients, design = observation.clients, self._design
         count = max(1, round(design.fraction * len(clients)))
-        drawn = sorted(rng.choice(len(clients), count, replace=False).tolist())
+        pool = generator(self._seed, "pool").permutation(len(clients))
+        pool = pool[: max(count, round(design.pool * len(clients)))]
+        drawn = sorted(rng.choice(pool, count, replace=False).tolist())
         rungs = rng.choice(len(self._rungs), count, p=design.rung_share).tolist()
         cohort = tuple(
             ClientPlan(clients[place].client_id, self._rungs[rung], design.local_steps)
@@ -227,6 +234,7 @@ def _federation(
     controller = _Designed(design, list(bench.packages), seed)
     federation = make_federation(bench, controller, partial(aligned_anew, bench, observer))
     state, loss, staleness = FederationState(0, start), start_loss, 0.0
+    recent = np.zeros(len(bench.client_ids))
     lines = []
     try:
         for _ in range(bench.config.calibration.num_rounds):
@@ -234,7 +242,8 @@ def _federation(
             bench.server.load(state.adapter)
             after = _loss(bench)
             staleness = 0.0 if result.refresh_bytes else staleness
-            work = _work(bench, design, result, staleness)
+            recent = recent_shares(recent, _examples(bench, result))
+            work = _work(bench, design, result, staleness, recent)
             lines.append(
                 {
                     "federation": index,
@@ -256,8 +265,18 @@ def _loss(bench: Bench) -> float:
     return evaluate(bench.server.model, bench.data.validation, batch_size).cross_entropy
 
 
+def _examples(bench: Bench, result: RoundResult) -> Float[np.ndarray, " devices"]:
+    """Return the examples of each device whose update was accepted; 0 for the others."""
+    accepted = {p.client_id: p.num_examples for p in result.participants if p.status == "accepted"}
+    return np.array([accepted.get(name, 0) for name in bench.client_ids], dtype=np.float64)
+
+
 def _work(
-    bench: Bench, design: Design, result: RoundResult, staleness: float
+    bench: Bench,
+    design: Design,
+    result: RoundResult,
+    staleness: float,
+    recent: Float[np.ndarray, " devices"],
 ) -> dict[str, float | list[float]]:
     """Return what the accepted updates of a round were made of, as the simulated process does."""
     accepted = [p for p in result.participants if p.status == "accepted"]
@@ -269,11 +288,12 @@ def _work(
     shares = examples @ np.array(on_rung) / total if devices else np.zeros(len(bench.packages))
     return {
         "rung_share": shares.tolist(),
-        "num_effective": float(total**2 / (examples**2).sum()) if devices else 0.0,
+        "num_effective": float(effective_number(examples)),
         "local_steps": float(design.local_steps) if devices else 0.0,
         "server_share": own,
         "server_steps": float(design.server_steps) if own else 0.0,
         "staleness": staleness,
+        "num_recent": float(effective_number(recent) if design.is_skewed else len(recent)),
     }
 
 

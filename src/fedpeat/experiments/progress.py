@@ -26,7 +26,7 @@ from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["Progress", "aligned_anew", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 5
+SCHEMA = 6
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 

@@ -130,6 +130,7 @@ def _trained(bench: Bench) -> Trained:
     unknown = QualityModel(
         speed=np.zeros((1, len(names))),
         excess=np.zeros((1, len(names))),
+        skew=nothing,
         server_speed=nothing,
         steps_power=nothing,
         devices_power=nothing,
