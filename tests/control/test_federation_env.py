@@ -105,9 +105,9 @@ def test_a_policy_sees_whose_data_were_used_of_late() -> None:
     for _ in range(3):
         obs, *_ = env.step(first_alone)
         np.testing.assert_allclose(obs["devices"][..., place], [[1.0] + [0.0] * 9] * 4)
-    process = env.process
-    examples = process.episode.examples
+    examples = env.process.episode.examples
     obs, *_ = env.step(action(env, takes_part=1, rung=2, local_steps=1))
+    examples = examples * (env.process.episode.idle_rounds == 0)  # those whose update came back
     shares = examples / examples.sum(-1, keepdims=True)
     recent = shares + 0.7 * (1 + 0.7 + 0.49) * (np.arange(DEVICES) == 0)
     wanted = recent / recent.sum(-1, keepdims=True)
