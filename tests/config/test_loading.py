@@ -108,6 +108,7 @@ ODD = {
         "client_weighting": "examples",
         "min_clients": 2,
         "dropout_ratio": 0.2,
+        "round_quorum_ratio": 0.8,
         "round_deadline_seconds": 9.5,
         "max_update_norm": 12.0,
         "max_examples_per_client": 100,

@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.fraction_train": ([0.0, 1.01], [0.01, 1.0]),
     "federated.min_clients": ([0], [1]),
     "federated.dropout_ratio": ([-0.1, 1.0], [0.0, 0.99]),
+    "federated.round_quorum_ratio": ([0.0, 1.01], [0.01, 1.0]),
     "federated.round_deadline_seconds": ([0.0, -1.0], [0.1, None]),
     "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
     "federated.max_examples_per_client": ([0], [1]),

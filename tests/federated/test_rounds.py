@@ -193,7 +193,7 @@ LEAVES_OUT_C: dict[str, tuple[tuple[str, str], Script, str, str]] = {
     "failing": (("train", "c"), failing("RuntimeError: out of memory"), "failed", "out of memory"),
     "failing for no reason": (("train", "c"), failing(""), "failed", "no reason given"),
     "dropping out": (("train", "c"), failing("gone", lost=True), "dropped", "gone"),
-    "too late": (("train", "c"), silent, "late", "no reply before the deadline"),
+    "too late": (("train", "c"), silent, "late", "no reply before the round closed"),
     "junk": (("train", "c"), saying(b"\x00junk"), "rejected", "not a fedpeat message of 5 bytes"),
     "empty": (("train", "c"), saying(b""), "rejected", "not a fedpeat message of 0 bytes"),
     "NaN": (("train", "c"), updating(math.nan), "rejected", "not finite"),
@@ -206,7 +206,7 @@ LEAVES_OUT_C: dict[str, tuple[tuple[str, str], Script, str, str]] = {
     "an empty record": (("train", "c"), saying(Payload(adapter())), "rejected", "got None"),
     "sending its model": (("train", "c"), sending_more, "rejected", "unexpected: embed (1 in all)"),
     "no emulator": (("hold", "c"), failing("disk full"), "failed", "disk full"),
-    "slow download": (("hold", "c"), silent, "late", "no reply before the deadline"),
+    "slow download": (("hold", "c"), silent, "late", "no reply before the round closed"),
 }
 
 
@@ -241,6 +241,30 @@ def test_the_loop_waits_until_the_deadline_and_no_longer(clock: FakeClock) -> No
     transport.interval_seconds = 0.3
     federation(transport, deadline_seconds=2.0).run_round(start(), None)
     assert clock.monotonic() == pytest.approx(2.1)  # the first look after two seconds
+
+
+class OneByOne(FakeTransport):
+    """Brings the replies one at a time, in the order of the devices' names."""
+
+    def poll(self, tickets: Mapping[str, str]) -> list[tuple[str, Reply]]:
+        first = min(tickets.items(), key=lambda item: item[1])
+        return super().poll(dict([first]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "statuses"),
+    [(0.34, ["accepted", "accepted", "late"]), (0.3, ["accepted", "late", "late"])],
+)
+def test_a_quorum_closes_a_round(ratio: float, statuses: list[str]) -> None:
+    transport = OneByOne(three().devices)
+    _, result = federation(transport, quorum_ratio=ratio).run_round(start(), None)
+    assert [of(result, name).status for name in "abc"] == statuses
+
+
+def test_replies_without_an_update_do_not_count_for_a_quorum() -> None:
+    transport = OneByOne(three().devices, {("train", "a"): failing("broken")})
+    _, result = federation(transport, quorum_ratio=0.3).run_round(start(), None)
+    assert [of(result, name).status for name in "abc"] == ["failed", "accepted", "late"]
 
 
 def test_without_a_deadline_the_loop_waits_however_long_it_takes(clock: FakeClock) -> None:

@@ -410,6 +410,8 @@ class FederatedConfig:
     """Fewest accepted updates, the server's included, with which a round counts."""
     dropout_ratio: float = 0.0
     """Simulated: share of drawn devices that drop out of a round, in [0, 1)."""
+    round_quorum_ratio: float = 1.0
+    """Share of a round's devices, in (0, 1], whose updates end the round; the others are late."""
     round_deadline_seconds: float | None = None
     """Replies later than this are not waited for; none waits for everyone."""
     max_update_norm: float | None = None
@@ -453,6 +455,12 @@ class FederatedConfig:
         _require(self.min_clients >= 1, "federated.min_clients", "at least 1", self.min_clients)
         _require(
             0 <= self.dropout_ratio < 1, "federated.dropout_ratio", "in [0, 1)", self.dropout_ratio
+        )
+        _require(
+            0 < self.round_quorum_ratio <= 1,
+            "federated.round_quorum_ratio",
+            "in (0, 1]",
+            self.round_quorum_ratio,
         )
         for name in ("round_deadline_seconds", "max_update_norm"):
             if getattr(self, name) is not None:

@@ -336,6 +336,7 @@ def make_federation(
         server_weight_ratio=config.server.weight_ratio,
         min_clients=fed.min_clients,
         deadline_seconds=fed.round_deadline_seconds,
+        quorum_ratio=fed.round_quorum_ratio,
         num_rounds=fed.num_rounds,
         seed=config.seed,
     )

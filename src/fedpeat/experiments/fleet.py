@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fedpeat.config.loading import load_config
@@ -31,7 +31,7 @@ def run_on(transport: Transport) -> None:
     names = tuple(json.loads(fleet.devices.read_text()))
     wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
     depot = Depot(fleet.parts, fleet.parts_secret)
-    waiting = Patient(transport, wanted, config.federated.min_clients)
+    waiting = Patient(transport, names, wanted, config.federated.min_clients)
     outcome = {"exit_code": 0, "error": ""}
     try:
         run(config, resume=True, observer=Silent(), fleet=Fleet(waiting, depot.offer, names))
@@ -47,21 +47,26 @@ class Patient:
 
     Args:
         inner: How devices are reached.
+        names: Devices that may take part; others have had a key once.
         first: How many must be there before the first round.
         least: How many before any other.
     """
 
-    def __init__(self, inner: Transport, first: int, least: int) -> None:
+    def __init__(self, inner: Transport, names: Collection[str], first: int, least: int) -> None:
         self._inner = inner
+        self._names = frozenset(names)
         self._wanted, self._least = first, least
         self.interval_seconds = inner.interval_seconds
 
     def nodes(self) -> list[str]:
         """Return the devices that are online, once there are enough."""
-        while len(nodes := self._inner.nodes()) < self._wanted:
+        while len(nodes := self._known()) < self._wanted:
             time.sleep(self.interval_seconds)
         self._wanted = self._least
         return nodes
+
+    def _known(self) -> list[str]:
+        return [node for node in self._inner.nodes() if node in self._names]
 
     def submit(
         self, kind: str, tasks: Mapping[str, bytes], deadline_seconds: float | None

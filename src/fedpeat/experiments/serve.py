@@ -21,6 +21,7 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import AggregationError, ConfigError, FleetError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
+from fedpeat.experiments.methods import METHODS
 from fedpeat.federated.flower.gate import GateSettings
 from fedpeat.federated.flower.keys import ServerKeys, server_keys
 from fedpeat.federated.flower.processes import (
@@ -57,6 +58,7 @@ def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = F
     Raises:
         FedPEATError: If keys, port or settings do not fit, or the run failed.
     """
+    _require_for_a_fleet(config)
     keys = server_keys(Path(config.fleet.keys))
     folder = Path(config.output_dir) / config.name
     fleet = FleetFolder(folder.with_name(f"{folder.name}-fleet").absolute())
@@ -72,6 +74,22 @@ def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = F
     finally:
         supervisor.stop()
     return folder
+
+
+def _require_for_a_fleet(config: Config) -> None:
+    fed = config.federated
+    if fed.round_deadline_seconds is None:
+        raise ConfigError(
+            "federated.round_deadline_seconds must be given for a fleet, where a device may never "
+            "answer, got None"
+        )
+    if config.method == "local" or METHODS[config.method].pools_data:
+        allowed = [
+            name for name, plan in METHODS.items() if name != "local" and not plan.pools_data
+        ]
+        raise ConfigError(
+            f"method must be one of {', '.join(allowed)} on a fleet, got {config.method}"
+        )
 
 
 def _prepare(

@@ -44,7 +44,7 @@ def judge(
 ) -> Outcome:
     """Return what comes of a device's reply; None is a reply that has not come in time."""
     if reply is None:
-        return _refused(client_id, "late", "no reply before the deadline")
+        return _refused(client_id, "late", "no reply before the round closed")
     if reply.content is None:
         return _refused(client_id, "dropped" if reply.lost else "failed", reply.error)
     try:

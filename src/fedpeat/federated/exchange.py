@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from fedpeat.core.errors import AggregationError, FedPEATError
 from fedpeat.core.records import Reply, Transport
 
 __all__ = ["Exchange", "Sent"]
+
+_ROUNDING = 1e-9  # 0.55 of 20 is 11, not a little more
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,15 @@ class Exchange:
         kind: str,
         tasks: Mapping[str, bytes],
         meanwhile: Callable[[], object] = lambda: None,
+        quorum_ratio: float = 1.0,
     ) -> dict[str, Reply]:
         """Send tasks, do something else meanwhile, and return what came in time, by node.
+
+        Args:
+            kind: What is asked.
+            tasks: Message for each node.
+            meanwhile: Is called once all are sent.
+            quorum_ratio: Share of the nodes whose payloads end the wait.
 
         Raises:
             AggregationError: If the transport fails.
@@ -80,7 +90,8 @@ class Exchange:
             self.count(node, Sent(num_bytes, bytes_emulator=num_bytes if kind == "hold" else 0))
         meanwhile()
         replies: dict[str, Reply] = {}
-        while waiting:
+        quorum = math.ceil(quorum_ratio * len(tasks) - _ROUNDING)
+        while waiting and sum(reply.content is not None for reply in replies.values()) < quorum:
             with self._transport_errors(f"waiting for {kind!r} replies"):
                 arrived = self._transport.poll(waiting)
             for ticket, reply in arrived:

@@ -89,6 +89,7 @@ class Federation:
         server_weight_ratio: Share of the average for the server; None for its number of examples.
         min_clients: Fewest accepted updates with which a round counts.
         deadline_seconds: Time for a round's replies [s]; None for no limit.
+        quorum_ratio: Share of a round's devices whose updates end the round.
         num_rounds: Rounds of the run.
         seed: Seed of the run.
     """
@@ -109,6 +110,7 @@ class Federation:
         server_weight_ratio: float | None,
         min_clients: int,
         deadline_seconds: float | None,
+        quorum_ratio: float = 1.0,
         num_rounds: int,
         seed: int,
     ) -> None:
@@ -125,6 +127,7 @@ class Federation:
         self._server_weight_ratio = server_weight_ratio
         self._min_clients = min_clients
         self._deadline_seconds = deadline_seconds
+        self._quorum_ratio = quorum_ratio
         self._num_rounds = num_rounds
         self._seed = seed
 
@@ -325,6 +328,7 @@ class Federation:
                     for client in ready
                 },
                 meanwhile=lambda: own.extend(self._train_server(state, server_round, plan)),
+                quorum_ratio=self._quorum_ratio,
             ),
             **unequipped,
         }
