@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,15 @@ class Reception:
         welcome_sha256: Hash of the welcome.
         welcome: The message of the kind "welcome".
         offer: Puts the parts of an emulator where devices can fetch them.
+
+    A device says with its update what it would answer to "hello" in the next round, so that it need
+    not be asked; who sent no update is asked again.
     """
 
     welcome_sha256: str
     welcome: bytes
     offer: Offer
+    _known: dict[str, Reply] = field(default_factory=dict)
 
     def receive(
         self, nodes: Sequence[str], question: Mapping[str, Any], exchange: Exchange
@@ -53,12 +57,25 @@ class Reception:
         """Say hello to every node, welcome those that are new, and return all answers."""
         record = {**question, "version": VERSION, "welcome": self.welcome_sha256}
         hello = encode(Payload(record=record))
-        replies = exchange.collect("hello", dict.fromkeys(nodes, hello))
+        known = {node: self._known[node] for node in nodes if node in self._known}
+        self._known.clear()
+        asked = [node for node in nodes if node not in known]
+        replies = {**known, **exchange.collect("hello", dict.fromkeys(asked, hello))}
         new = [node for node, reply in replies.items() if self._is_new(reply)]
         welcomed = exchange.collect("welcome", dict.fromkeys(new, self.welcome))
         replies |= {node: reply for node, reply in welcomed.items() if reply.content is None}
-        known = [node for node, reply in welcomed.items() if reply.content is not None]
-        return {**replies, **exchange.collect("hello", dict.fromkeys(known, hello))}
+        ready = [node for node, reply in welcomed.items() if reply.content is not None]
+        return {**replies, **exchange.collect("hello", dict.fromkeys(ready, hello))}
+
+    def remember(self, replies: Mapping[str, Reply]) -> None:
+        """Keep what devices said of themselves with their updates."""
+        for node, reply in replies.items():
+            try:
+                inventory = decode(reply.content or b"").record.get("inventory")
+            except WireError:
+                continue
+            if isinstance(inventory, dict):
+                self._known[node] = Reply(node, encode(Payload(record=inventory)))
 
     def _is_new(self, reply: Reply) -> bool:
         """Say whether a node answers, but has not been told what it must know."""

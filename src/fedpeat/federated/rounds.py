@@ -314,24 +314,25 @@ class Federation:
         unequipped = {**lost, **self._exchange_emulators(plan, clients, exchange)}
         ready = [client for client in plan.cohort if client.client_id not in unequipped]
         own: list[Payload] = []
-        replies: dict[str, Reply | None] = {
-            **exchange.collect(
-                "train",
-                {
-                    client.client_id: self._train_task(
-                        server_round,
-                        client,
-                        starts[client.client_id],
-                        clients[client.client_id].kept_part,
-                        lasting[client.rung],
-                    )
-                    for client in ready
-                },
-                meanwhile=lambda: own.extend(self._train_server(state, server_round, plan)),
-                quorum_ratio=self._quorum_ratio,
-            ),
-            **unequipped,
+        tasks = {
+            client.client_id: self._train_task(
+                server_round,
+                client,
+                starts[client.client_id],
+                clients[client.client_id].kept_part,
+                lasting[client.rung],
+            )
+            for client in ready
         }
+        answers = exchange.collect(
+            "train",
+            tasks,
+            meanwhile=lambda: own.extend(self._train_server(state, server_round, plan)),
+            quorum_ratio=self._quorum_ratio,
+        )
+        if self._reception is not None:
+            self._reception.remember(answers)
+        replies: dict[str, Reply | None] = {**answers, **unequipped}
         outcomes = []
         for client in plan.cohort:
             expected = {"server_round": server_round, "emulator": self.rungs[client.rung].sha256}

@@ -73,7 +73,7 @@ class Device:
         if kind == "hold":
             return self._hold(content)
         if kind == "train":
-            self._say(f"round {decode(content).record.get('server_round')}: tuning")
+            return self._train(content)
         return self._participant.handle(kind, content)
 
     def _hello(self, content: bytes) -> bytes:
@@ -84,9 +84,22 @@ class Device:
             raise WireError(text)
         if self._participant is None or record.get("welcome") != self._welcome:
             return encode(Payload(record={"client_id": self._name, "welcome": self._welcome}))
-        answer = decode(self._participant.handle("hello", content)).record
+        return encode(Payload(record=self._inventory(self._participant, content)))
+
+    def _inventory(self, participant: Participant, hello: bytes) -> dict[str, Any]:
+        answer = decode(participant.handle("hello", hello)).record
         parts = [short(sha256) for sha256 in self._cache.held()]
-        return encode(Payload(record={**answer, "emulator_parts": parts, "welcome": self._welcome}))
+        return {**answer, "emulator_parts": parts, "welcome": self._welcome}
+
+    def _train(self, content: bytes) -> bytes:
+        """Tune, and say with the update what the next round's "hello" would ask."""
+        assert self._participant is not None
+        self._say(f"round {decode(content).record.get('server_round')}: tuning")
+        update = decode(self._participant.handle("train", content))
+        kept = self._participant.kept
+        hello = encode(Payload(record={"parts": [kept] if kept else []}))
+        inventory = self._inventory(self._participant, hello)
+        return encode(Payload(update.arrays, {**update.record, "inventory": inventory}))
 
     def _welcomed(self, content: bytes) -> bytes:
         payload = decode(content)
