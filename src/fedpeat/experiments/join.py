@@ -17,6 +17,8 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import ConfigError, WireError
 from fedpeat.core.run_folder import storage_errors
 from fedpeat.data.examples import Examples
+from fedpeat.data.files import expand_home, find_files, looks_like_path
+from fedpeat.data.image_files import is_archive
 from fedpeat.experiments.fleet_folder import free_port, secret_file
 from fedpeat.experiments.tasks import TASKS
 from fedpeat.federated.flower.cache import PartCache
@@ -60,6 +62,7 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     if not host or not port.isdigit():
         raise ConfigError(f"the server must be HOST:PORT, got {server!r}")
     own = device_keys(keys)
+    _require_data(config.data.source)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     with storage_errors(folder):
@@ -80,6 +83,18 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
             time.sleep(_LOOK_SECONDS)
     finally:
         supervisor.stop()
+
+
+def _require_data(source: str) -> None:
+    """Refuse a path without files now: how they are to be read, only the server says.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if looks_like_path(source) and not is_archive(expand_home(source)):
+        path = expand_home(source)
+        if not path.is_dir() or not any(path.iterdir()):
+            find_files(source)
 
 
 def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[Program]:
