@@ -272,11 +272,16 @@ def client_rungs(bench: Bench) -> dict[str, str]:
 
 
 def make_federation(
-    bench: Bench, controller: Controller, realign: Realign | None = None
+    bench: Bench,
+    controller: Controller,
+    realign: Realign | None = None,
+    transport: Transport | None = None,
 ) -> Federation:
+    """Return the federation of a bench; without a transport its devices are in this process."""
     config = bench.config
     fed = config.federated
-    transport: Transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
+    if transport is None:
+        transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
     settings = LocalSettings(
