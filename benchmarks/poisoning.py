@@ -68,8 +68,8 @@ def cells(seeds: Sequence[int]) -> Iterator[Cell]:
         for attack in ("none", *UPDATE_ATTACKS):
             for defence in DEFENCES:
                 yield Cell(seed, attack, 0.2 if attack != "none" else 0.0, defence)
-    for attack in UPDATE_ATTACKS:
-        for ratio in (0.3, 0.1):
+    for ratio in (0.3, 0.1):
+        for attack in UPDATE_ATTACKS:
             for defence in DEFENCES:
                 yield Cell(seeds[0], attack, ratio, defence)
 
