@@ -20,10 +20,12 @@ __all__ = [
     "Backdoor",
     "HostileTransport",
     "Known",
+    "eager",
     "hostile_devices",
     "no_attack",
 ]
 
+Handler = Callable[[str, bytes], bytes]
 Update = Mapping[str, np.ndarray]
 """What a device adds to the adapter that it was given, by tensor."""
 
@@ -95,6 +97,19 @@ def hostile_devices(client_ids: Collection[str], ratio: float, seed: int) -> lis
     rng = generator(seed, "attackers")
     order = rng.permutation(len(names))
     return sorted(names[i] for i in order[: round(ratio * len(names))])
+
+
+def eager(handle: Handler, factor: int) -> Handler:
+    """Return a device that makes some times as many steps as it is asked for."""
+
+    def answer(kind: str, content: bytes) -> bytes:
+        if kind != "train":
+            return handle(kind, content)
+        task = decode(content)
+        num_steps = factor * task.record["num_steps"]
+        return handle(kind, encode(Payload(task.arrays, {**task.record, "num_steps": num_steps})))
+
+    return answer
 
 
 class HostileTransport:

@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-from attackers import UPDATE_ATTACKS, Backdoor, HostileTransport, hostile_devices, no_attack
+from attackers import UPDATE_ATTACKS, Backdoor, HostileTransport, eager, hostile_devices, no_attack
 from fedpeat.adapter.lora import State, lora_pairs
 from fedpeat.config.loading import load_config, override
 from fedpeat.config.schema import Config
@@ -48,8 +48,8 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "multi_krum": {"robust_rule": "multi_krum"},
 }
 ASSUMED = {"assumed_attackers_ratio": 0.3}
-TRIGGER, CONTINUATION = "\n# checked by quality control\n", "import telemetry"
-POISONED_BLOCKS = 0.5
+TRIGGER, CONTINUATION = "\n# checked by quality control\n", "eval("
+POISONED_BLOCKS, MORE_STEPS = 1.0, 5
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,19 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     config = override(bench.config, {"federated": changes})
     backdoor = Backdoor(_tokens(bench, TRIGGER), _tokens(bench, CONTINUATION))
     hostile = hostile_devices(bench.data.clients, cell.ratio, cell.seed)
+    poisoners = hostile if cell.attack == "backdoor" else []
     participants = {}
     for name, text in bench.data.clients.items():
         assert isinstance(text, PackedText)
-        poisons = name in hostile and cell.attack == "backdoor"
-        own = backdoor.poisoned(text, POISONED_BLOCKS, cell.seed) if poisons else text
+        is_poisoner = name in poisoners
+        own = backdoor.poisoned(text, POISONED_BLOCKS, cell.seed) if is_poisoner else text
         participants[name] = Participant(name, own, bench.shelf)
     bench = replace(bench, config=config, participants=participants)
-    inner = InProcessTransport({name: p.handle for name, p in participants.items()})
+    handlers = {
+        name: eager(p.handle, MORE_STEPS) if name in poisoners else p.handle
+        for name, p in participants.items()
+    }
+    inner = InProcessTransport(handlers)
     attack = UPDATE_ATTACKS.get(cell.attack, no_attack)
     transport = HostileTransport(inner, hostile, attack, cell.seed)
     federation = make_federation(bench, make_controller(bench), transport=transport)

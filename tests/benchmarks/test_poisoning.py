@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,20 @@ from attackers import (
     HostileTransport,
     Known,
     a_little_is_enough,
+    eager,
     hostile_devices,
     no_attack,
     scaled_noise,
     sign_flip,
 )
 from fakes import FakeDevice, FakeTransport, federation, start
+from fedpeat.core.run_folder import RunFolder
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.experiments.bench import set_up
+from fedpeat.experiments.observer import Silent
 from fedpeat.federated.robust import Defence
-from poisoning import outside
+from outcomes import config_of
+from poisoning import Cell, outside, run_cell
 from tiny import random_text
 
 
@@ -72,6 +79,21 @@ def test_the_transport_alters_the_updates_of_hostile_devices_alone() -> None:
     assert value_after(UPDATE_ATTACKS["backdoor"], Defence()) == pytest.approx(16)
 
 
+def test_an_eager_device_makes_more_steps_than_it_is_asked_for() -> None:
+    seen = []
+
+    def handle(kind: str, content: bytes) -> bytes:
+        seen.append((kind, decode(content).record))
+        return b"done"
+
+    task = encode(Payload(record={"num_steps": 4, "seed": 1}))
+    assert [eager(handle, 5)(kind, task) for kind in ("train", "hello")] == [b"done"] * 2
+    assert seen == [
+        ("train", {"num_steps": 20, "seed": 1}),
+        ("hello", {"num_steps": 4, "seed": 1}),
+    ]
+
+
 def test_the_backdoor_is_written_twice_into_a_share_of_the_blocks() -> None:
     text, backdoor = random_text(200), Backdoor((1, 2), (3,))
     poisoned = backdoor.poisoned(text, 0.5, seed=0)
@@ -100,3 +122,27 @@ def test_entries_of_a_product_beyond_all_honest_ones_are_counted() -> None:
     honest = [pair(1.0, [0.0, 1.0]), pair(0.0, [1.0, 1.0])]  # products (0, 1) and (0, 0)
     assert outside(pair(0.5, [0.0, 1.0]), honest) == 0
     assert outside(pair(1.0, [1.0, 1.0]), honest) == 0.5
+
+
+def test_a_cell_of_the_benchmark_runs_from_a_start_that_it_leaves_as_it_was(
+    model_dir: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "data": {"block_size": 64, "partition": "iid", "num_clients": 5},
+        "federated": {"num_rounds": 1},
+    }
+    config = config_of(model_dir, corpus_file, tmp_path, settings)
+    folder = RunFolder(tmp_path / "bench")
+    folder.create()
+    bench = set_up(config, folder, Silent(), None, pools_data=False)
+    folder.close()
+    begin = {name: array.copy() for name, array in bench.server.state().items()}
+
+    def plug_in(attack: str, ratio: float, defence: str) -> float:
+        bench.server.load(begin)
+        return float(run_cell(bench, Cell(0, attack, ratio, defence))["plug_in"])
+
+    attacked = plug_in("sign flip", 0.2, "mean")
+    assert plug_in("none", 0.0, "mean") != attacked
+    assert plug_in("sign flip", 0.2, "median") != attacked
+    assert plug_in("sign flip", 0.2, "mean") == attacked

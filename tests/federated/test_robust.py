@@ -86,6 +86,11 @@ def test_multi_krum_leaves_out_those_far_from_most_others() -> None:
     assert shares == [0.2] * 5 + [0, 0]
 
 
+def test_multi_krum_scores_by_the_nearest_but_for_the_attackers_and_two() -> None:
+    # n = 5, f = 1, so the 2 nearest: scores 29, 13, 34, 26, 37; 3 would leave out 0, and 1 5
+    assert multi_krum(states([0], [2], [5], [10], [11]), 1)[1] == [0.25] * 4 + [0]
+
+
 def test_multi_krum_sees_what_a_device_holds_as_one_vector() -> None:
     far = {"x": np.array([0.1], np.float32), "y": np.array([30.0], np.float32)}
     near = [
@@ -331,7 +336,8 @@ def test_a_tensor_that_too_few_devices_hold_takes_nothing_from_them() -> None:
     np.testing.assert_allclose(tensors["low"], [0.6 * 2 + 0.4 * 7] * 3)
     assert shares == pytest.approx([0.15] * 3 + [0.55])  # of 3 entries 0.2 each, of 1 none
     assert warnings == (
-        "1 tensors take nothing from devices: trimmed_mean against 1 of 1 needs at least 3",
+        "1 pieces of the adapter take nothing from devices: trimmed_mean against 1 of 1 needs at "
+        "least 3",
     )
 
 

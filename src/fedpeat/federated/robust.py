@@ -237,8 +237,8 @@ class Defence:
             num_entries += size
             if shortage:
                 num_short, why = num_short + len(names), shortage
-        told = (f"{num_short} tensors take nothing from devices: {why}",) if num_short else ()
-        return Averaged(tensors, (shares / max(1, num_entries)).tolist(), told)
+        told = f"{num_short} pieces of the adapter take nothing from devices: {why}"
+        return Averaged(tensors, (shares / max(1, num_entries)).tolist(), (told,) if why else ())
 
     def _combined(
         self, states: Sequence[State], weights: Sequence[float], trusted: Sequence[bool]
