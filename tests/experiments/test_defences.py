@@ -51,6 +51,13 @@ def test_the_settings_reach_the_round(config: Config) -> None:
     assert all(0 < ratio < 1 for ratio in on_devices)
     assert [p["clip_ratio"] for p in line["participants"] if p["role"] == "server"] == [None]
 
+    run(
+        override(config, {"name": "halved", "federated": {"num_rounds": 1, "clip_to_median": True}})
+    )
+    halved = lines_of(folder_of(config).parent / "halved")[1]["participants"]
+    ratios = [p["clip_ratio"] for p in halved if p["role"] == "device"]
+    assert sum(ratio < 1 for ratio in ratios) == CLIENTS // 2
+
     krum = {"robust_rule": "multi_krum", "assumed_attackers_ratio": 0.2}
     run(override(config, {"name": "krum", "federated": {"num_rounds": 1, **krum}}))
     weights = [p["weight"] for p in lines_of(folder_of(config).parent / "krum")[1]["participants"]]

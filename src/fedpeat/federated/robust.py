@@ -6,9 +6,11 @@ makes of the devices is averaged with it, each with its share of the examples. U
 every device counts the same, with as many examples as the median device claims to have.
 
 What a rule does not do: with LoRA it works on the factors. The median of B times the median of A is
-not the median of BA, whose entries may end up outside of those of all honest devices even if each
-factor is inside. Only where a round tunes one factor ("ffa", "rolora") does a bound on the factor
-bound the product. Nor does a rule see a backdoor that stays within the spread of honest updates.
+not the median of BA, whose entries may end up outside of those of all honest devices even if those
+of both factors are inside: two honest devices with (B, A) = (1, 0) and (0, 1) and an attacker with
+(1, 1) have BA = 0, 0 and 1, and a median BA of 1. Where a round tunes one factor ("ffa", "rolora")
+BA is linear in it, so that at rank 1 this cannot be, and at higher ranks less easily. Nor does a
+rule see a backdoor that stays within the spread of honest updates.
 """
 
 from __future__ import annotations
