@@ -61,8 +61,8 @@ def test_an_entry_is_averaged_over_those_who_have_it() -> None:
 
 
 def test_a_robust_rule_is_applied_to_an_entry_among_those_who_have_it() -> None:
-    rungs = {"a": "wide", "b": "narrow", "c": "other"}
-    state, result = run(devices(), **rungs, defence=Defence("median", attackers_ratio=0.0))
+    defence = Defence("median", attackers_ratio=0.0)
+    state, result = run(devices(), a="wide", b="narrow", c="other", defence=defence)
     np.testing.assert_allclose(state.adapter["lora_B"], [2, 2.5, 1, 1.5])
     np.testing.assert_allclose(state.adapter["lora_A"], [[2.5, 2, 2.5]] * 2)
     assert result.warnings == ()
