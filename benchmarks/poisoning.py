@@ -186,37 +186,46 @@ def outside(adapter: State, honest: Sequence[State]) -> float:
 
 
 def print_tables(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Print what each attack does to the plug-in, against a plain mean of honest devices."""
+    plain = {x["seed"]: x for x in lines if (x["attack"], x["defence"]) == ("none", "mean")}
+    for seed, line in plain.items():
+        print(f"Seed {seed}: zero-shot {line['zero_shot']:.2f}, plug-in {line['plug_in']:.2f}")
     for ratio in sorted({line["ratio"] for line in lines} - {0.0}):
-        print(f"\n### {ratio:.0%} of the devices hostile\n")
-        attacks = ["none", *UPDATE_ATTACKS]
-        print(f"| defence | {' | '.join(attacks)} | backdoor succeeds |")
-        print("|:--" + "|--:" * (len(attacks) + 1) + "|")
+        at = [line for line in lines if line["ratio"] == ratio]
+        seeds = {line["seed"] for line in at}
+        none = [line for line in lines if line["ratio"] == 0 and line["seed"] in seeds]
+        print(f"\n{ratio:.0%} hostile, {len(seeds)} seed(s)\n")
+        print(f"| defence | none | {' | '.join(UPDATE_ATTACKS)} | backdoor succeeds |")
+        print("|:--" + "|--:" * (len(UPDATE_ATTACKS) + 2) + "|")
         for defence in DEFENCES:
-            at = {
-                a: [x for x in lines if x["defence"] == defence and x["attack"] == a
-                    and x["ratio"] in {ratio, 0.0}]
-                for a in attacks
-            }  # fmt: skip
-            row = [_text([x["plug_in"] for x in at[attack]], "{:.2f}") for attack in attacks]
-            row.append(_text([100 * x["attack_success"] for x in at["backdoor"]], "{:.0f} %"))
-            print(f"| {defence} | {' | '.join(row)} |")
-    print("\n### Entries of the products BA outside of those of the honest devices, last round\n")
+            print(f"| {defence} | {' | '.join(_row(defence, [*none, *at], plain))} |")
+    print("\nEntries of BA outside of those of the honest devices, last round, 20 % hostile\n")
+    print(f"| defence | {' | '.join(UPDATE_ATTACKS)} |")
+    print("|:--" + "|--:" * len(UPDATE_ATTACKS) + "|")
     for defence in DEFENCES:
         own = [x for x in lines if x["defence"] == defence and x["ratio"] == 0.2]
-        texts = [
-            f"{attack} {_text([100 * x['outside'] for x in same], '{:.1f} %')}"
-            for attack in UPDATE_ATTACKS
-            if (same := [x for x in own if x["attack"] == attack])
-        ]
-        print(f"- {defence}: {', '.join(texts)}")
+        shares = [[100 * x["outside"] for x in own if x["attack"] == a] for a in UPDATE_ATTACKS]
+        print(f"| {defence} | {' | '.join(_text(values, '{:.1f} %') for values in shares)} |")
+
+
+def _row(
+    defence: str, lines: Sequence[Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]]
+) -> list[str]:
+    row = []
+    for attack in ("none", *UPDATE_ATTACKS):
+        own = [x for x in lines if x["defence"] == defence and x["attack"] == attack]
+        differences = [x["plug_in"] - plain[x["seed"]]["plug_in"] for x in own]
+        row.append(_text(differences, "{:+.2f}"))
+    own = [x for x in lines if x["defence"] == defence and x["attack"] == "backdoor"]
+    return [*row, _text([100 * x["attack_success"] for x in own], "{:.0f} %")]
 
 
 def _text(values: Sequence[float], form: str) -> str:
+    """Return the mean of some values, and the least and largest if there are several."""
     if not values:
         return "-"
-    return form.format(float(np.mean(values))) + (
-        f" ({', '.join(form.format(v) for v in values)})" if len(values) > 1 else ""
-    )
+    least, mean, most = (form.format(float(f(values))) for f in (np.min, np.mean, np.max))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 if __name__ == "__main__":
