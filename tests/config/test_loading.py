@@ -112,6 +112,10 @@ ODD = {
         "round_deadline_seconds": 9.5,
         "max_update_norm": 12.0,
         "max_examples_per_client": 100,
+        "max_rejections": 3,
+        "clip_norm": 0.75,
+        "robust_rule": "trimmed_mean",
+        "assumed_attackers_ratio": 0.25,
         "server_optimizer": "fedyogi",
         "server_learning_rate": 0.01,
         "server_momentum": 0.8,
@@ -120,7 +124,9 @@ ODD = {
     },
     "evaluation": {"every": 2, "batch_size": 4, "full_tuned": False},
 }
-FOR_LORA_ALONE = {"federated": {"lora_aggregation": "svd", "client_ranks": [4, 2]}}
+FOR_LORA_ALONE = {
+    "federated": {"lora_aggregation": "svd", "client_ranks": [4, 2], "clip_to_median": True}
+}
 IN_A_WORLD = {
     "world": {
         "preset": "iot",

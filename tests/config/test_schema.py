@@ -64,6 +64,9 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.round_quorum_ratio": ([0.0, 1.01], [0.01, 1.0]),
     "federated.round_deadline_seconds": ([0.0, -1.0], [0.1, None]),
     "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
+    "federated.max_rejections": ([0, -1], [1, None]),
+    "federated.clip_norm": ([0.0, -1.0], [0.1, None]),
+    "federated.assumed_attackers_ratio": ([-0.1, 0.5], [0.0, 0.49]),
     "federated.max_examples_per_client": ([0], [1]),
     "federated.server_learning_rate": ([0.0, -1.0], [1e-6]),
     "federated.server_momentum": ([-0.1, 1.0], [0.0, 0.99]),
@@ -219,6 +222,15 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             {"federated": {"lora_aggregation": "svd", "server_learning_rate": 0.5}},
             "federated.server_learning_rate must be 1 for federated.lora_aggregation 'svd', "
             "got 0.5",
+        ),
+        (
+            {"federated": {"lora_aggregation": "svd", "robust_rule": "median"}},
+            "federated.robust_rule must be mean for federated.lora_aggregation 'svd', whose "
+            "factors do not compare, got 'median'",
+        ),
+        (
+            {"federated": {"clip_norm": 1.0, "clip_to_median": True}},
+            "federated.clip_norm must be left out for federated.clip_to_median, got 1.0",
         ),
         (
             {"emulator": {"recipe": "layer_drop:0.5", "lower_rungs": [0.5]}},

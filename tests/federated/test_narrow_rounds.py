@@ -12,6 +12,7 @@ from fedpeat.adapter.slices import Slice
 from fedpeat.core.records import ClientPlan, RoundPlan
 from fedpeat.core.wire import Payload, decode
 from fedpeat.federated.aggregation import ServerOptimizer
+from fedpeat.federated.robust import Defence
 from fedpeat.federated.shelf import Rung
 
 PARTS = {"1" * 64: b"common" * 30}
@@ -57,6 +58,24 @@ def test_an_entry_is_averaged_over_those_who_have_it() -> None:
     np.testing.assert_allclose(state.adapter["lora_B"], [all_three, first, alone, last])
     np.testing.assert_allclose(state.adapter["lora_A"], [[first, all_three, first]] * 2)
     assert [p.status for p in result.participants] == ["accepted"] * 3
+
+
+def test_a_robust_rule_is_applied_to_an_entry_among_those_who_have_it() -> None:
+    defence = Defence("median", attackers_ratio=0.0)
+    state, result = run(devices(), a="wide", b="narrow", c="other", defence=defence)
+    np.testing.assert_allclose(state.adapter["lora_B"], [2, 2.5, 1, 1.5])
+    np.testing.assert_allclose(state.adapter["lora_A"], [[2.5, 2, 2.5]] * 2)
+    assert result.warnings == ()
+
+
+def test_an_entry_that_too_few_have_for_a_robust_rule_stays_as_it_is() -> None:
+    state, result = run(devices(), a="wide", b="narrow", c="other", defence=Defence("median"))
+    np.testing.assert_allclose(state.adapter["lora_B"], [2, 0, 0, 0])
+    np.testing.assert_allclose(state.adapter["lora_A"], [[0, 2, 0]] * 2)
+    assert result.warnings == (
+        "4 pieces of the adapter take nothing from devices: median against 1 of 2 needs at least 3",
+    )
+    assert sum(p.weight for p in result.participants) == pytest.approx(3 / 10)
 
 
 def test_the_server_has_every_entry() -> None:

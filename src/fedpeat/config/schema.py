@@ -44,6 +44,7 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+RobustRule = Literal["mean", "median", "trimmed_mean", "multi_krum"]
 WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
 ControllerKind = Literal[
     "fixed", "tuned_fixed", "random", "round_robin", "channel", "deadline", "descent", "sabppo"
@@ -418,6 +419,18 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    max_rejections: int | None = None
+    """Rejected updates after which a device is set aside for good; none for never."""
+    clip_norm: float | None = None
+    """Updates of devices farther than this from what they were given (Euclidean norm) are scaled
+    down to it."""
+    clip_to_median: bool = False
+    """Scale the updates of devices down to the median of their distances in the round instead."""
+    robust_rule: RobustRule = "mean"
+    """How updates of devices become one: mean (by examples), or, each device alike, median and
+    trimmed_mean (entry by entry) or multi_krum (the mean of those nearest to each other)."""
+    assumed_attackers_ratio: float = 0.2
+    """Share of a round's devices that robust_rule assumes hostile, in [0, 0.5)."""
     lora_aggregation: LoraAggregation = "average"
     """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
     (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
@@ -462,7 +475,7 @@ class FederatedConfig:
             "in (0, 1]",
             self.round_quorum_ratio,
         )
-        for name in ("round_deadline_seconds", "max_update_norm"):
+        for name in ("round_deadline_seconds", "max_update_norm", "clip_norm"):
             if getattr(self, name) is not None:
                 _require_positive(f"federated.{name}", getattr(self, name))
         _require(
@@ -484,7 +497,26 @@ class FederatedConfig:
             0 <= self.server_beta2 < 1, "federated.server_beta2", "in [0, 1)", self.server_beta2
         )
         _require_positive("federated.server_tau", self.server_tau)
+        self._check_defence()
         self._check_lora()
+
+    def _check_defence(self) -> None:
+        _require_choice("federated.robust_rule", RobustRule, self.robust_rule)
+        ratio, limit = self.assumed_attackers_ratio, self.max_rejections
+        _require(0 <= ratio < 0.5, "federated.assumed_attackers_ratio", "in [0, 0.5)", ratio)
+        _require(limit is None or limit >= 1, "federated.max_rejections", "at least 1", limit)
+        _require(
+            not (self.clip_to_median and self.clip_norm is not None),
+            "federated.clip_norm",
+            "left out for federated.clip_to_median",
+            self.clip_norm,
+        )
+        _require(
+            self.lora_aggregation != "svd" or self.robust_rule == "mean",
+            "federated.robust_rule",
+            "mean for federated.lora_aggregation 'svd', whose factors do not compare",
+            self.robust_rule,
+        )
 
     def _check_lora(self) -> None:
         rule = self.lora_aggregation

@@ -153,7 +153,8 @@ class ParticipantResult:
     """What one participant did in a round, as it goes into metrics.jsonl.
 
     ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
-    ``bytes_down`` that brought it what it lacked of that emulator.
+    ``bytes_down`` that brought it what it lacked of that emulator. ``clip_ratio`` is what its
+    update was scaled by to stay within the round's bound; None where there is none.
     """
 
     client_id: str
@@ -170,6 +171,7 @@ class ParticipantResult:
     bytes_up: int = 0
     rung: str = ""
     bytes_emulator: int = 0
+    clip_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class RoundResult:
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
     ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
     before the round; empty where none was. ``simulated`` is what the round cost in a simulated
-    world, as in its plan.
+    world, as in its plan. ``set_aside`` names all devices that take part no more.
     """
 
     server_round: int
@@ -197,4 +199,5 @@ class RoundResult:
     peak_rss_bytes: int = 0
     refresh_bytes: Mapping[str, int] = field(default_factory=dict)
     simulated: Mapping[str, float] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default_factory=tuple)

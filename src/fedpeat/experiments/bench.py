@@ -31,6 +31,7 @@ from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.reception import Reception, welcome_message
+from fedpeat.federated.robust import Defence
 from fedpeat.federated.rounds import Federation, Realign
 from fedpeat.federated.screening import Limits
 from fedpeat.federated.shelf import EmulatorShelf, Offer, Rung, hashes_of
@@ -196,6 +197,8 @@ def set_up(
             "server.realign_every needs data of the server and there is none; raise "
             "data.server_ratio above 0"
         )
+    if data.clients:
+        _defence(config).check_cohort(_largest_cohort(config, len(data.clients)))
     zero_shot = evaluate(loaded.model, data.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,
@@ -271,6 +274,24 @@ def _emulators(
     return packages
 
 
+def _defence(config: Config) -> Defence:
+    fed = config.federated
+    return Defence(
+        fed.robust_rule,
+        fed.assumed_attackers_ratio,
+        fed.clip_norm,
+        clip_to_median=fed.clip_to_median,
+        max_rejections=fed.max_rejections,
+    )
+
+
+def _largest_cohort(config: Config, num_clients: int) -> int:
+    """Return how many devices a round has at most; a controller may always ask all of them."""
+    if config.controller.kind != "fixed":
+        return num_clients
+    return max(1, round(config.federated.fraction_train * num_clients))
+
+
 def client_rungs(bench: Bench) -> dict[str, str]:
     """Return the rung of each device that ``federated.client_rungs`` gives one, by its name."""
     names = [rung_name(ratio) for ratio in bench.config.federated.client_rungs]
@@ -282,12 +303,15 @@ def make_federation(
     controller: Controller,
     realign: Realign | None = None,
     fleet: Fleet | None = None,
+    transport: Transport | None = None,
 ) -> Federation:
+    """Return the federation of a bench; without a transport its devices are in this process."""
     config = bench.config
     fed = config.federated
-    transport: Transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fleet is not None:
         transport = fleet.transport
+    if transport is None:
+        transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
     settings = LocalSettings(
@@ -329,6 +353,7 @@ def make_federation(
             fed.server_tau,
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
+        defence=_defence(config),
         settings=settings,
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,

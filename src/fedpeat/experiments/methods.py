@@ -34,8 +34,13 @@ def _plain_average(config: Config) -> Config:
     return replace(config, federated=plain)
 
 
+def _undefended(config: Config) -> Config:
+    """Leave out the rule against poisoned updates, where no device has others beside it."""
+    return replace(config, federated=replace(config.federated, robust_rule="mean"))
+
+
 def _pooled(config: Config) -> Config:
-    return _full_model(_plain_average(config))
+    return _full_model(_undefended(_plain_average(config)))
 
 
 def _whole_blocks(config: Config) -> Config:
@@ -59,7 +64,7 @@ def _one_rung(config: Config) -> Config:
 
 
 def _alone(config: Config) -> Config:
-    return _one_rung(_plain_average(config))
+    return _one_rung(_undefended(_plain_average(config)))
 
 
 def _all_weights(config: Config) -> Config:

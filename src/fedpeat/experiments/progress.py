@@ -133,6 +133,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "best_quality": progress.best_quality,
             "last_losses": dict(progress.state.last_losses),
             "num_barren_rounds": progress.state.num_barren_rounds,
+            "num_rejections": dict(progress.state.num_rejections),
             "history": list(progress.history),
             "controller": dict(controller.state()),
             "emulators": {n: asdict(p.manifest) for n, p in bench.packages.items()},
@@ -173,6 +174,7 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         part("moments/"),
         saved["last_losses"],
         saved["num_barren_rounds"],
+        saved["num_rejections"],
     )
     _restore_emulators(bench, saved["emulators"], part("parts/"))
     lasting = _lasting_parts(bench, state.adapter)

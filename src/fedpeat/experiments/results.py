@@ -40,6 +40,7 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "best_round": _best_round(progress),
         "emulator": _emulator_facts(bench.package) if _is_compressed(bench) else None,
         "rungs": _rungs(bench, progress),
+        "set_aside": list(progress.history[-1]["set_aside"]),
         "adapter": {"peft": config.adapter.method, **adapter_facts(progress.best)},
         "quality": quality_table(_scores(bench, progress), bench.task.metric),
         "cost": _costs(progress, setup_seconds),

@@ -24,11 +24,15 @@ _SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one participant's task: its line in the metrics and, if accepted, its update."""
+    """What came of one participant's task: its line in the metrics and, if accepted, its update.
+
+    ``start`` is what it was given of what it tuned.
+    """
 
     result: ParticipantResult
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     mean_loss: float = 0.0
+    start: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
@@ -77,7 +81,7 @@ def admit(
         num_tokens=record["num_tokens"],
         seconds=float(record["seconds"]),
     )
-    return Outcome(result, payload.arrays, float(record["mean_loss"]))
+    return Outcome(result, payload.arrays, float(record["mean_loss"]), current)
 
 
 def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:

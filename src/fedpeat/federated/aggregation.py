@@ -17,6 +17,7 @@ __all__ = [
     "TUNED_PARTS",
     "LoraAggregation",
     "ServerOptimizer",
+    "by_holders",
     "update_norm",
     "weighted_average",
 ]
@@ -58,7 +59,7 @@ def _ratios(states: Sequence[State], weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _by_holders(states: Sequence[State], current: State) -> dict[tuple[int, ...], list[str]]:
+def by_holders(states: Sequence[State], current: State) -> dict[tuple[int, ...], list[str]]:
     """Return the names of the tensors that the same participants have, in a fixed order."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in current:
@@ -138,7 +139,7 @@ class LoraAggregation:
         """
         _ratios(states, weights)
         average: dict[str, np.ndarray] = {}
-        for holders, names in _by_holders(states, current).items():
+        for holders, names in by_holders(states, current).items():
             own = [{name: states[i][name] for name in names} for i in holders]
             own_weights = [weights[i] for i in holders]
             if sum(own_weights) > 0:

@@ -37,6 +37,7 @@ from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, upda
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
 from fedpeat.federated.reception import Reception
+from fedpeat.federated.robust import Averaged, Defence
 from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
 from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
@@ -70,6 +71,7 @@ class FederationState:
     moments: Mapping[str, np.ndarray] = field(default_factory=dict)
     last_losses: Mapping[str, float] = field(default_factory=dict)
     num_barren_rounds: int = 0
+    num_rejections: Mapping[str, int] = field(default_factory=dict)
 
 
 class Federation:
@@ -82,6 +84,7 @@ class Federation:
         lora: What is tuned in a round, and how it is averaged.
         optimizer: What is done with the average.
         limits: What an update may be.
+        defence: What is done against updates that are as they may be, and poisoned.
         settings: How participants train.
         server_training: The server's own part; None if it takes none.
         realign: Aligns emulators anew when a plan asks for it; None if that cannot be.
@@ -103,6 +106,7 @@ class Federation:
         lora: LoraAggregation,
         optimizer: ServerOptimizer,
         limits: Limits,
+        defence: Defence | None = None,
         settings: LocalSettings,
         server_training: ServerTraining | None,
         realign: Realign | None = None,
@@ -120,6 +124,7 @@ class Federation:
         self._lora = lora
         self._optimizer = optimizer
         self._limits = limits
+        self._defence = defence or Defence()
         self._settings = settings
         self._server_training = server_training
         self._realign = realign
@@ -157,23 +162,32 @@ class Federation:
         self._check_plan(server_round, plan, clients)
         refresh_bytes = self._align(state, clients) if plan.realigns else {}
         outcomes = self._train(state, plan, clients, lasting, exchange)
-        updates = [outcome for outcome in outcomes if outcome.accepted]
+        updates = self._defence.clipped([outcome for outcome in outcomes if outcome.accepted])
+        results = {o.result.client_id: o.result for o in [*outcomes, *updates]}
+        updates, left_out = self._defence.enough(updates)
+        num_rejections, set_aside = self._defence.counted(
+            state.num_rejections, list(results.values())
+        )
+        warnings = [*warnings, *left_out, *set_aside]
         weights: list[float] = []
         error = None
         if len(updates) >= self._min_clients:
             trust = {name: rung.trust for name, rung in self.rungs.items()}
-            weights = shares(updates, self._server_weight_ratio, trust)
-            new_state = self._aggregate(state, updates, weights)
+            weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
+            new_state, averaged = self._aggregate(state, updates, weights)
+            weights, warnings = averaged.weights, [*warnings, *averaged.warnings]
             error = self._product_error(state, updates, weights)
         elif clients and not plan.server_steps and all(client.lost for client in plan.cohort):
             new_state = replace(state, server_round=server_round)  # as planned
         else:
-            shortage = self._shortage(len(updates), [o.result for o in outcomes], warnings)
+            shortage = self._shortage(len(updates), list(results.values()), warnings)
             new_state = self._barren(state, updates, shortage)
             warnings = [*warnings, f"the adapter stays as it was: {shortage}"]
+        new_state = replace(new_state, num_rejections=num_rejections)
         share_of = dict(zip((u.result.client_id for u in updates), weights, strict=False))
         participants = tuple(
-            replace(o.result, weight=share_of.get(o.result.client_id, 0.0)) for o in outcomes
+            replace(result, weight=share_of.get(client_id, 0.0))
+            for client_id, result in results.items()
         )
         return new_state, RoundResult(
             server_round=server_round,
@@ -188,6 +202,7 @@ class Federation:
             peak_rss_bytes=peak_rss_bytes(),
             refresh_bytes=refresh_bytes,
             simulated=plan.simulated,
+            set_aside=tuple(self._defence.set_aside(num_rejections)),
             warnings=tuple(warnings),
         )
 
@@ -229,7 +244,8 @@ class Federation:
 
         Clients come in the order of their names, so that no draw depends on who answered first.
         """
-        nodes = sorted(set(exchange.nodes()))
+        set_aside = self._defence.set_aside(state.num_rejections)
+        nodes = sorted(set(exchange.nodes()).difference(set_aside))
         parts = list(dict.fromkeys(sha256 for own in lasting.values() for sha256 in own))
         question = {"parts": parts} if parts else {}
         if self._reception is None:
@@ -408,15 +424,16 @@ class Federation:
 
     def _aggregate(
         self, state: FederationState, updates: list[Outcome], weights: list[float]
-    ) -> FederationState:
+    ) -> tuple[FederationState, Averaged]:
         pieces = Pieces(state.adapter, [rung.slices for rung in self.rungs.values()])
         tuned = [pieces.cut(u.arrays, self._slices_of(u)) for u in updates]
         current = pieces.cut(state.adapter, {})
-        average = self._lora.average(tuned, weights, current)
-        new, moments = self._optimizer.step(current, average, dict(state.moments))
+        trusted = [u.result.role == "server" for u in updates]
+        averaged = self._defence.average(tuned, weights, trusted, current, self._lora)
+        new, moments = self._optimizer.step(current, averaged.tensors, dict(state.moments))
         return FederationState(
             state.server_round + 1, pieces.join(new), moments, _losses_after(state, updates)
-        )
+        ), averaged
 
     def _shortage(
         self, num_accepted: int, results: list[ParticipantResult], warnings: list[str]

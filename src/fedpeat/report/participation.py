@@ -23,6 +23,7 @@ _MOST_ROUNDS = 400
 _MOST_REASONS = 40
 _MOST_NAME = 60
 _MOST_RUNGS = 12
+_MOST_ASIDE = 8
 _MANY_ROWS = 24
 """From so many participants on, rows are low."""
 _WIDEST, _WIDEST_OF_MANY, _NARROWEST, _ROOM = 22.0, 15.0, 9.0, 680.0
@@ -57,6 +58,7 @@ def participation_section(run: RunData) -> Html:
                 role="region",
                 aria_label="Who took part when",
             ),
+            _set_aside(rounds),
             _reasons(rounds),
             rungs_table(rounds),
             element(
@@ -94,6 +96,16 @@ def _heading(key: Key) -> Html:
     return element(
         "th", element("span", _name(key) or "(no name)", class_="name"), badge, scope="row"
     )
+
+
+def _set_aside(rounds: Sequence[RoundRecord]) -> Html:
+    """Return who takes part no more, or nothing."""
+    names = rounds[-1].set_aside
+    if not names:
+        return Html()
+    more = f" and {len(names) - _MOST_ASIDE:,} more" if len(names) > _MOST_ASIDE else ""
+    shown = ", ".join(_name(("", name)) for name in names[:_MOST_ASIDE])
+    return element("p", f"Set aside after too many rejected updates: {shown}{more}.", class_="note")
 
 
 def _cut_note(num_participants: int, num_rounds: int) -> Html:
