@@ -38,7 +38,7 @@ class Access:
 
     token: str | None
     host_names: frozenset[str]
-    cookie_name: str
+    cookie_name: str = "fedpeat"
 
     def allows_host(self, header: str) -> bool:
         """Return whether a header ``Host`` names this server."""
@@ -69,14 +69,11 @@ class Access:
         return f"{self.cookie_name}={self.token}; Path=/; HttpOnly; SameSite=Strict"
 
 
-def make_access(
-    host_names: Sequence[str], port: int, token: str | None, *, needs_token: bool
-) -> Access:
+def make_access(host_names: Sequence[str], token: str | None, *, needs_token: bool) -> Access:
     """Return the access rules of a server.
 
     Args:
         host_names: Names that clients may ask for, beside ``localhost`` and this machine's own.
-        port: Where it listens; cookies of several servers on one host differ by it.
         token: The token, if there is one.
         needs_token: Whether one is made up where there is none.
 
@@ -93,7 +90,7 @@ def make_access(
             f"got {len(token)} signs"
         )
     names = {"localhost", socket.gethostname(), *host_names}
-    return Access(token, frozenset(name.lower() for name in names if name), f"fedpeat_{port}")
+    return Access(token, frozenset(name.lower() for name in names if name))
 
 
 def is_loopback(address: str) -> bool:

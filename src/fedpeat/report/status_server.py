@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -106,11 +107,13 @@ class StatusServer:
         self.is_open = not is_loopback(address[0])
         """Whether others than this machine can reach it."""
         names = (host, *allowed_hosts)
-        self._access = make_access(names, port, token, needs_token=self.is_open)
+        access = make_access(names, token, needs_token=self.is_open)
         self._is_made_up = token is None and self.is_open
         self._server = _listen(family, address, max_connections)
         self.port: int = self._server.server_address[1]
         """Where it listens."""
+        # cookies of several servers on one host differ by the port
+        self._access = replace(access, cookie_name=f"fedpeat_{self.port}")
         self._host = host
         self._server.answer = self._answer
         self._thread: threading.Thread | None = None
