@@ -174,6 +174,18 @@ def test_every_part_has_an_id_of_its_own_whatever_there_is_to_show(make_run: Mak
     assert found == [parts, parts]
 
 
+def test_who_is_set_aside_is_told_and_marked(make_run: MakeRun) -> None:
+    people = [participant("ann", "rejected"), participant("bob"), participant("server")]
+    lines = [round_line(1, 28.0, participants=people, set_aside=["ann", "server"])]
+    page = page_of(make_run(lines))
+    assert "Set aside after too many rejected updates: ann, server." in page
+    assert re.findall(r'class="name">(\w+)</span>(?:<span class="badge">([\w ]+)<)?', page) == [
+        ("server", "server"),
+        ("ann", "set aside"),
+        ("bob", ""),
+    ]
+
+
 def test_a_crowd_is_cut_with_those_in_trouble_in_front(make_run: MakeRun) -> None:
     people = [participant(f"d{i:03}", "late" if i == 250 else "accepted") for i in range(300)]
     page = page_of(make_run([round_line(1, 28.0, participants=people)]))

@@ -16,7 +16,7 @@ import pytest
 from fedpeat.core.errors import DataError
 from fedpeat.core.run_folder import write_atomically
 from fedpeat.core.run_lock import take_lock
-from fedpeat.report import watching
+from fedpeat.report import load, watching
 from fedpeat.report.standing import Standing
 from fedpeat.report.watching import CUT_OFF, NO_METRICS, RunWatcher
 from report.report_files import Line, MakeRun, participant, round_line, summary, three_rounds
@@ -89,7 +89,7 @@ def test_each_line_is_parsed_once_though_the_file_is_replaced_each_round(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[str] = []
-    parse = watching.parse_round
+    parse = load.parse_round
 
     def counted(line: str, where: str) -> Any:
         parsed.append(where)
@@ -198,8 +198,19 @@ def test_a_folder_that_goes_away_is_told(make_run: MakeRun) -> None:
     assert rounds_of(watcher.standing()) == [0, 1, 2]
     shutil.rmtree(folder)
     standing = watcher.standing()
-    assert standing.run.notes == (f"The folder {folder} is gone.",)
+    assert standing.run.notes == (f"There is no folder {folder} at the moment.",)
     assert rounds_of(standing) == []
+
+
+def test_a_folder_that_comes_later_is_waited_for_if_asked(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    watcher = RunWatcher(tmp_path / "demo", min_interval_seconds=0.0, must_be_run=False)
+    assert watcher.standing().run.notes == (
+        f"There is no folder {tmp_path / 'demo'} at the moment.",
+    )
+    make_run(three_rounds())
+    assert rounds_of(watcher.standing()) == [0, 1, 2]
 
 
 def test_files_are_looked_at_no_more_often_than_asked(make_run: MakeRun) -> None:
@@ -221,7 +232,7 @@ def test_the_settings_that_a_page_shows_are_read(make_run: MakeRun) -> None:
 
 def people() -> list[Line]:
     """Three rounds: ann is accepted, late, rejected; bob accepted, then not drawn."""
-    told = {"bytes_down": 10, "bytes_up": 4, "rung": "0.5", "num_examples": 7}
+    told: Line = {"bytes_down": 10, "bytes_up": 4, "rung": "0.5", "num_examples": 7}
     return [
         round_line(0, 30.0, participants=[]),
         round_line(
@@ -272,6 +283,13 @@ def test_warnings_and_faults_are_told_the_newest_first(make_run: MakeRun) -> Non
     ]
     assert standing.num_warnings == 2
     assert standing.sits_out == ("carl sits out: no answer",)
+
+
+def test_those_set_aside_are_those_of_the_last_round(make_run: MakeRun) -> None:
+    folder = make_run(
+        [round_line(1, 9.0, set_aside=["a"]), round_line(2, 9.0, set_aside=["a", "b"])]
+    )
+    assert watcher_of(folder).standing().set_aside == ("a", "b")
 
 
 def test_many_who_fail_alike_are_one_event(make_run: MakeRun) -> None:

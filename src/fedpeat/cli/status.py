@@ -85,18 +85,18 @@ def _participants(standing: Standing) -> Table:
     for name in ("last seen", "accepted", "loss", "down", "up"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in standing.participants[:_MOST_ROWS]:
-        table.add_row(*_cells(item))
+        table.add_row(*_cells(item, is_aside=item.client_id in standing.set_aside))
     if len(standing.participants) > _MOST_ROWS:
         table.caption = f"the first {_MOST_ROWS} of {len(standing.participants):,}; --json has all"
     return table
 
 
-def _cells(item: ParticipantStanding) -> list[Text]:
-    name = f"{item.client_id} (server)" if item.role == "server" else item.client_id
+def _cells(item: ParticipantStanding, *, is_aside: bool) -> list[Text]:
+    label = " (server)" if item.role == "server" else " (set aside)" if is_aside else ""
     loss = "-" if item.last_loss is None else number_text(item.last_loss, 3)
     seen = "never" if item.last_seen_round is None else f"round {item.last_seen_round}"
     return [
-        Text(_line(name)),
+        Text(_line(item.client_id) + label),
         Text(item.status, _STYLES.get(item.status, "yellow")),
         Text(_line(item.rung) or "-"),
         *(

@@ -12,7 +12,13 @@ from typing import Final
 from fedpeat.report.curves import curves_section
 from fedpeat.report.headline import headline, latest_plug_in
 from fedpeat.report.live_script import LIVE_STYLE, SCRIPT
-from fedpeat.report.live_tables import events_table, participants_table, rounds_table, stages_list
+from fedpeat.report.live_tables import (
+    cut_text,
+    events_table,
+    participants_table,
+    rounds_table,
+    stages_list,
+)
 from fedpeat.report.markup import Html, element, join, literal
 from fedpeat.report.overview import cost_of
 from fedpeat.report.quantities import (
@@ -29,6 +35,9 @@ from fedpeat.report.style import STYLE
 __all__ = ["live_page", "policy"]
 
 _STYLE: Final = STYLE + LIVE_STYLE
+_MOST_REMARKS: Final = 12
+_MOST_ASIDE: Final = 20
+_MOST_TEXT: Final = 240
 _STATES: Final[dict[Life, str]] = {
     "running": "running",
     "finished": "finished",
@@ -203,13 +212,24 @@ def _quality_note(standing: Standing) -> str:
 
 
 def _sits_out(standing: Standing) -> str:
-    count = len(standing.sits_out)
-    return f"{count:,} {'sits' if count == 1 else 'sit'} out" if count else "nobody sits out"
+    sits_out, set_aside = len(standing.sits_out), len(standing.set_aside)
+    told = [f"{sits_out:,} {'sits' if sits_out == 1 else 'sit'} out"] if sits_out else []
+    told += [f"{set_aside:,} set aside"] if set_aside else []
+    return ", ".join(told) or "nobody sits out"
+
+
+def _set_aside(standing: Standing) -> list[str]:
+    names = standing.set_aside
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_ASIDE:,} more" if len(names) > _MOST_ASIDE else ""
+    shown = ", ".join(cut_text(name, 60) for name in names[:_MOST_ASIDE])
+    return [f"Set aside after too many rejected updates: {shown}{more}."]
 
 
 def _remarks(standing: Standing) -> Html:
-    notes = [*standing.run.notes, *standing.sits_out]
-    shown = notes[:12]
+    notes = [*standing.run.notes, *_set_aside(standing), *standing.sits_out]
+    shown = [cut_text(note, _MOST_TEXT) for note in notes[:_MOST_REMARKS]]
     if len(notes) > len(shown):
         shown.append(f"{len(notes) - len(shown):,} more of these.")
     if not shown:

@@ -16,7 +16,7 @@ from fedpeat.report.quantities import (
 from fedpeat.report.records import RoundRecord
 from fedpeat.report.standing import ParticipantStanding, Stage, Standing
 
-__all__ = ["events_table", "participants_table", "rounds_table", "stages_list"]
+__all__ = ["cut_text", "events_table", "participants_table", "rounds_table", "stages_list"]
 
 _MOST_ROWS: Final = 200
 _MOST_ROUNDS: Final = 25
@@ -32,7 +32,7 @@ def participants_table(standing: Standing) -> Html:
     if not standing.participants:
         return _empty("No participant has been drawn yet.")
     shown = _shown(standing.participants)
-    last_round = standing.run.last_round
+    last_round, aside = standing.run.last_round, frozenset(standing.set_aside)
     head = _head(
         "Participant",
         "Last status",
@@ -44,7 +44,7 @@ def participants_table(standing: Standing) -> Html:
         "#Down",
         "#Up",
     )
-    rows = (element("tr", *_participant(item, last_round)) for item in shown)
+    rows = (element("tr", *_participant(item, last_round, aside)) for item in shown)
     table = element("table", head, element("tbody", *rows), class_="who live")
     cut = (
         f"Shown: {len(shown)} of {len(standing.participants):,} participants, those whose last "
@@ -60,19 +60,23 @@ def _shown(participants: Sequence[ParticipantStanding]) -> Sequence[ParticipantS
     return sorted(participants, key=lambda item: item.status == "accepted")[:_MOST_ROWS]
 
 
-def _participant(item: ParticipantStanding, last_round: int) -> Iterator[Html]:
-    badge = element("span", "server", class_="badge") if item.role == "server" else ""
-    name = element("span", _cut(item.client_id, _MOST_NAME) or "(no name)", class_="name")
+def _participant(
+    item: ParticipantStanding, last_round: int, aside: frozenset[str]
+) -> Iterator[Html]:
+    is_aside = item.role != "server" and item.client_id in aside
+    label = "server" if item.role == "server" else "set aside" if is_aside else ""
+    badge = element("span", label, class_="badge") if label else ""
+    name = element("span", cut_text(item.client_id, _MOST_NAME) or "(no name)", class_="name")
     yield element("th", name, badge, scope="row")
     mark = element(
         "svg", status_mark(item.status, 0.0, _MARK), width=13, height=13, aria_hidden="true"
     )
-    reason = element("small", _cut(item.reason, _MOST_TEXT)) if item.reason else ""
+    reason = element("small", cut_text(item.reason, _MOST_TEXT)) if item.reason else ""
     yield element("td", mark, item.status, reason, class_="now")
     yield element("td", _strip(item))
     yield _number(_seen(item, last_round))
     yield _number(f"{item.statuses.get('accepted', 0)} of {item.num_drawn}")
-    yield element("td", _cut(item.rung, _MOST_NAME) or "-")
+    yield element("td", cut_text(item.rung, _MOST_NAME) or "-")
     yield _number("-" if item.last_loss is None else number_text(item.last_loss, 3))
     yield _number(bytes_text(item.bytes_down))
     yield _number(bytes_text(item.bytes_up))
@@ -151,7 +155,7 @@ def events_table(standing: Standing) -> Html:
             "tr",
             element("td", f"round {event.server_round}"),
             element("td", event.kind, class_=f"kind-{event.kind}"),
-            element("td", _cut(event.text, _MOST_TEXT)),
+            element("td", cut_text(event.text, _MOST_TEXT)),
         )
         for event in shown
     )
@@ -168,7 +172,7 @@ def stages_list(standing: Standing) -> Html:
 
 
 def _stage(stage: Stage) -> Iterator[Html]:
-    yield element("span", _STAGES.get(stage.name, _cut(stage.name, _MOST_NAME)))
+    yield element("span", _STAGES.get(stage.name, cut_text(stage.name, _MOST_NAME)))
     yield element("span", stage.life, class_=f"state {stage.life}")
     yield element("span", f"round {stage.last_round}", class_="absent")
 
@@ -194,5 +198,6 @@ def _empty(text: str) -> Html:
     return element("p", text, class_="empty")
 
 
-def _cut(text: str, most: int) -> str:
+def cut_text(text: str, most: int) -> str:
+    """Return a text of at most so many signs."""
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -181,6 +181,7 @@ def _round(fields: Fields, quality: Fields | None) -> RoundRecord:
         elapsed_seconds=fields.amount("elapsed_seconds"),
         peak_rss_bytes=fields.amount("peak_rss_bytes"),
         simulated=_spent(fields.child("simulated") or Fields({}, fields.where)),
+        set_aside=fields.texts("set_aside"),
         warnings=fields.texts("warnings"),
     )
 

@@ -98,6 +98,8 @@ def _sums(standing: Standing) -> Iterator[_Family]:
     yield _gauge("fedpeat_participants", "Participants ever drawn.", num_participants)
     sits_out = float(len(standing.sits_out))
     yield _gauge("fedpeat_sits_out", "Devices that sat out the last round.", sits_out)
+    set_aside = float(len(standing.set_aside))
+    yield _gauge("fedpeat_set_aside", "Devices that take part no more.", set_aside)
 
 
 def _participants(standing: Standing) -> Iterator[_Family]:

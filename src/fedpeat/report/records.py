@@ -101,6 +101,8 @@ class RoundRecord:
     peak_rss_bytes: float | None = None
     simulated: Spent = (None, None, None)
     """In the simulated world; all None if there is none."""
+    set_aside: tuple[str, ...] = ()
+    """Devices that take part no more."""
     warnings: tuple[str, ...] = ()
 
 

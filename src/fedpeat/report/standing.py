@@ -88,6 +88,7 @@ class Standing:
         events: The newest first, the oldest left out where there are many.
         num_warnings: All warnings so far.
         sits_out: What is said of those who sat out the last round.
+        set_aside: Devices that take part no more, as too many of their updates were rejected.
         changed_seconds: When the rounds were last written [s since 1970].
         stages: Runs inside the run.
     """
@@ -102,6 +103,7 @@ class Standing:
     events: tuple[Event, ...] = ()
     num_warnings: int = 0
     sits_out: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()
     changed_seconds: float | None = None
     stages: tuple[Stage, ...] = ()
 
@@ -138,6 +140,7 @@ class Standing:
                 "rounds": [_round_record(item, self.accepted) for item in rounds],
                 "events": [vars(event) for event in self.events],
                 "sits_out": list(self.sits_out),
+                "set_aside": list(self.set_aside),
                 "stages": [vars(stage) for stage in self.stages],
                 "notes": list(self.run.notes),
             }

@@ -80,9 +80,11 @@ class StatusServer:
             on loopback, where anybody on this machine may look.
         allowed_hosts: More names that clients may ask for, such as that of a proxy in front.
         max_connections: Clients that are answered at a time; further ones are told to come again.
+        must_be_run: Whether the folder has to be that of a run already; where the run begins only
+            later, the page says so until then.
 
     Raises:
-        DataError: If the folder is no run folder.
+        DataError: If the folder is no run folder, but must be one.
         ConfigError: If the token is no safe one, or there is no listening at that place.
 
     Example:
@@ -99,8 +101,9 @@ class StatusServer:
         *,
         allowed_hosts: Sequence[str] = (),
         max_connections: int = _MOST_CONNECTIONS,
+        must_be_run: bool = True,
     ) -> None:
-        self._watcher = RunWatcher(folder)
+        self._watcher = RunWatcher(folder, must_be_run=must_be_run)
         if not 0 <= port <= 65535:
             raise ConfigError(f"the port must be in [0, 65535], got {port}")
         family, address = _resolved(host, port)

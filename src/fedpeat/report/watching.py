@@ -39,13 +39,17 @@ class RunWatcher:
         folder: The run folder, ``runs/NAME``; the run may be going on, be over, or have yet to
             write its first line.
         min_interval_seconds: Files are looked at no more often than this [s].
+        must_be_run: Whether the folder has to be that of a run already; else it may come later.
 
     Raises:
-        DataError: If it is no run folder.
+        DataError: If it is no run folder, but must be one.
     """
 
-    def __init__(self, folder: Path, *, min_interval_seconds: float = 0.5) -> None:
-        require_run_folder(folder, _FILES)
+    def __init__(
+        self, folder: Path, *, min_interval_seconds: float = 0.5, must_be_run: bool = True
+    ) -> None:
+        if must_be_run:
+            require_run_folder(folder, _FILES)
         self.folder = folder
         self._interval = min_interval_seconds
         self._lock = threading.Lock()
@@ -80,7 +84,7 @@ class _RunReader:
         tally = self._metrics.read()
         notes = (self._summary.fault, self._settings.fault, *self._metrics.notes)
         if not self._folder.is_dir():
-            notes = (f"The folder {self._folder} is gone.",)
+            notes = (f"There is no folder {self._folder} at the moment.",)
         metric = summary.quality.metric if summary else tally.metric
         return Standing(
             run=RunData(
@@ -101,6 +105,7 @@ class _RunReader:
             events=tuple(reversed(tally.events)),
             num_warnings=tally.num_warnings,
             sits_out=tally.sits_out,
+            set_aside=tally.rounds[-1].set_aside if tally.rounds else (),
             changed_seconds=self._metrics.changed_seconds,
             stages=self._stages(),
         )
