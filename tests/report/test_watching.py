@@ -171,11 +171,11 @@ def test_a_damaged_line_is_left_out_and_named(make_run: MakeRun) -> None:
 
 def test_the_last_line_of_a_round_counts(make_run: MakeRun) -> None:
     folder = make_run([*three_rounds(), round_line(1, 27.0)])
-    standing = watcher_of(folder).standing()
+    watcher = watcher_of(folder)
+    standing = watcher.standing()
     assert [record.plug_in for record in standing.run.rounds] == [34.9, 27.0, 22.0]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(round_line(2, 20.0)) + "\n")
-    watcher = watcher_of(folder)
     assert watcher.standing().run.rounds[2].plug_in == 20.0
 
 
