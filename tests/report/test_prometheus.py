@@ -97,10 +97,13 @@ def test_no_name_can_add_a_line_or_a_label(make_run: MakeRun) -> None:
     assert samples["fedpeat_plug_in", (("metric", "perplexity"),)] == 28.0
 
 
-def test_names_that_are_the_same_once_cleaned_are_one_series(make_run: MakeRun) -> None:
-    people = [participant(f"a{sign}", bytes_up=3) for sign in "\x00\x01\x02"]
-    samples = parsed(text_of(make_run([round_line(1, 28.0, participants=people)])))
-    assert sum(name == "fedpeat_participant_last_seen_round" for name, _ in samples) == 1
+def test_of_names_that_are_the_same_once_cleaned_the_first_counts(make_run: MakeRun) -> None:
+    people = [participant(f"a{sign}", bytes_up=3 + ord(sign)) for sign in "\x00\x01\x02"]
+    text = text_of(make_run([round_line(1, 28.0, participants=people)]))
+    labels = 'client_id="a\ufffd",role="device"'
+    assert text.count(f"\nfedpeat_participant_last_seen_round{{{labels}}} 1\n") == 1
+    samples = [line for line in text.splitlines() if f'{labels},direction="up"' in line]
+    assert samples == [f'fedpeat_participant_bytes_total{{{labels},direction="up"}} 3']
 
 
 def test_what_is_not_known_has_no_sample_and_what_diverged_is_nan(make_run: MakeRun) -> None:

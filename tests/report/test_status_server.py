@@ -16,6 +16,7 @@ import pytest
 from fedpeat.core.errors import ConfigError, DataError
 from fedpeat.report import status_server
 from fedpeat.report.access import Access, make_access
+from fedpeat.report.standing import Standing
 from fedpeat.report.status_server import PAGES, StatusServer
 from report.report_files import MakeRun, round_line, three_rounds
 
@@ -137,6 +138,27 @@ def test_what_has_not_changed_is_not_sent_again(serve: Serve, folder: Path) -> N
     assert ask(server, If_None_Match=etag).status == 200
 
 
+def test_a_page_is_made_once_for_all_who_look(
+    serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(standing: Standing) -> str:
+        made.append(standing.run.last_round)
+        return "page"
+
+    monkeypatch.setitem(PAGES, "/", ("text/plain", counted))
+    server = serve()
+    server._watcher._interval = 0.0  # noqa: SLF001
+    for _ in range(3):
+        assert ask(server).text == "page"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(round_line(3, None)) + "\n")  # NaN is like no other, itself included
+    for _ in range(3):
+        assert ask(server).text == "page"
+    assert made == [2, 3]
+
+
 def test_every_answer_has_the_headers_of_a_careful_server(serve: Serve) -> None:
     server = serve(token=TOKEN)
     replies = [
@@ -171,6 +193,8 @@ def test_every_answer_has_the_headers_of_a_careful_server(serve: Serve) -> None:
         ("evil.example", 421),
         ("localhost.evil.example", 421),
         ("127.0.0.1.evil.example", 421),
+        ("evil.localhost", 421),
+        ("evil-run.example", 421),
         ("", 421),
         ("[evil.example]", 421),
     ],

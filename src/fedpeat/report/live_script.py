@@ -116,6 +116,7 @@ LIVE_STYLE: Final = """
 .who.live td { padding-top: 5px; padding-bottom: 5px; font-size: 14px }
 .who.live td:nth-child(6), .who.live th:nth-child(6) { padding-left: 8px }
 .who.live thead th { padding-bottom: 6px }
+.events td { padding-top: 6px; padding-bottom: 6px }
 .events td:first-child, .events td:nth-child(2) { white-space: nowrap }
 .kind-warning { color: var(--orange); font-weight: 600 }
 .kind-fault { color: var(--red); font-weight: 600 }

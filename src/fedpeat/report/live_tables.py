@@ -159,7 +159,8 @@ def events_table(standing: Standing) -> Html:
         )
         for event in shown
     )
-    table = element("table", _head("Round", "Kind", "What"), element("tbody", *rows))
+    head = _head("Round", "Kind", "What")
+    table = element("table", head, element("tbody", *rows), class_="dense")
     return element("div", _scroll(table, "Warnings and faults"), class_="events")
 
 

@@ -119,6 +119,7 @@ class StatusServer:
         self._access = replace(access, cookie_name=f"fedpeat_{self.port}")
         self._host = host
         self._server.answer = self._answer
+        self._made: dict[str, tuple[Standing, str]] = {}
         self._thread: threading.Thread | None = None
 
     @property
@@ -164,7 +165,16 @@ class StatusServer:
         self.stop()
 
     def _answer(self, method: str, target: str, headers: Message) -> _Answer:
-        return respond(self._watcher, self._access, method, target, headers)
+        return respond(self._content, self._access, method, target, headers)
+
+    def _content(self, path: str) -> str:
+        """Return one of PAGES, made anew only when something has changed, however many look."""
+        standing = self._watcher.standing()
+        made_for, content = self._made.get(path, (None, ""))
+        if made_for is not standing:
+            content = PAGES[path][1](standing)
+            self._made[path] = (standing, content)
+        return content
 
 
 class _Answer:
@@ -187,7 +197,7 @@ class _Answer:
 
 
 def respond(
-    watcher: RunWatcher, access: Access, method: str, target: str, headers: Message
+    content_of: Callable[[str], str], access: Access, method: str, target: str, headers: Message
 ) -> _Answer:
     """Return the answer to a request: a refusal, or one of PAGES."""
     try:
@@ -200,14 +210,13 @@ def respond(
         return refused
     if parts.path not in PAGES or parts.scheme or parts.netloc:
         return _Answer(HTTPStatus.NOT_FOUND, f"there are {', '.join(PAGES)}\n")
-    content_type, render = PAGES[parts.path]
-    content = render(watcher.standing())
+    content = content_of(parts.path)
     more = {"ETag": f'"{hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:32]}"'}
     if offered and access.token:
         more["Set-Cookie"] = access.cookie()
     if headers.get("If-None-Match") == more["ETag"]:
         return _Answer(HTTPStatus.NOT_MODIFIED, headers=more)
-    return _Answer(HTTPStatus.OK, content, content_type, more)
+    return _Answer(HTTPStatus.OK, content, PAGES[parts.path][0], more)
 
 
 def _refused(access: Access, method: str, headers: Message, offered: str) -> _Answer | None:

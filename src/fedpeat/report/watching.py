@@ -58,11 +58,16 @@ class RunWatcher:
         self._read_at = 0.0
 
     def standing(self) -> Standing:
-        """Return where the run stands; what cannot be read now is said in its notes."""
+        """Return where the run stands, the same object until something has changed.
+
+        What cannot be read at the moment is said in its notes.
+        """
         with self._lock:
             now = time.monotonic()
             if self._standing is None or now - self._read_at >= self._interval:
-                self._standing = self._reader.read()
+                found = self._reader.read()
+                if found != self._standing:
+                    self._standing = found
                 self._read_at = now
             return self._standing
 
