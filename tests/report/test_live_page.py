@@ -60,8 +60,10 @@ def row_of(page: str, name: str) -> list[str]:
 
 
 def test_a_run_without_metrics_says_so(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("12:00:00 reading data <b>\n")
     with take_lock(tmp_path):
         page = Page(page_of(tmp_path))
+    assert "log: 12:00:00 reading data <b>" in page.text
     assert NO_METRICS in page.text
     assert "No round yet" in page.text
     assert "running" in page.text

@@ -311,10 +311,32 @@ def test_runs_inside_the_run_are_told(make_run: MakeRun) -> None:
     folder = make_run(three_rounds())
     make_run([round_line(0, 9.0), round_line(1, 8.0)], name="demo/full_tuned")
     with take_lock(folder / "full_tuned"):
-        stages = watcher_of(folder).standing().stages
+        standing = watcher_of(folder).standing()
+    stages = standing.stages
+    assert standing.run.reference is not None  # the curve beside the run's own
+    assert [record.plug_in for record in standing.run.reference.rounds] == [9.0, 8.0]
     assert [(stage.name, stage.life, stage.last_round) for stage in stages] == [
         ("full_tuned", "running", 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", ""),
+        (b"half", ""),
+        (b"one\n", "one"),
+        (b"one\ntwo\nhal", "two"),
+        (b"x" * 9000 + b"\nlast\n", "last"),
+        (b"\xff\n", "\ufffd"),
+    ],
+)
+def test_the_last_whole_line_of_the_log_tells_what_goes_on(
+    make_run: MakeRun, content: bytes, line: str
+) -> None:
+    folder = make_run([])
+    (folder / "log.txt").write_bytes(content)
+    assert watcher_of(folder).standing().last_log == line
 
 
 def test_the_record_is_strict_json_with_null_for_what_is_not_finite(make_run: MakeRun) -> None:

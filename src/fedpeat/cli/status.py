@@ -44,6 +44,8 @@ def show(standing: Standing, console: Console | None = None) -> None:
         where = (f"round {event.server_round} ", "dim")
         text = Text.assemble(where, (event.kind, colour), " ", _line(event.text))
         console.print(text, soft_wrap=True)
+    if standing.life == "running" and standing.last_log:
+        console.print(Text(f"log: {_line(standing.last_log)}", "dim"), soft_wrap=True)
     for note in standing.run.notes:
         console.print(Text(_line(note), "yellow"), soft_wrap=True)
 

@@ -110,6 +110,8 @@ def _header(standing: Standing) -> Iterator[Html]:
         *([f"method {standing.method}"] if standing.method else []),
     ]
     yield element("p", join(_apart([*about, *_changed(standing)])), class_="meta")
+    if standing.life == "running" and standing.last_log:
+        yield element("p", "log: ", cut_text(standing.last_log, _MOST_TEXT), class_="meta log")
 
 
 def _apart(parts: list[Html | str]) -> Iterator[Html | str]:
@@ -169,7 +171,7 @@ def _figures(standing: Standing) -> Html:
     run, cost = standing.run, cost_of(standing.run)
     last = run.tuning_rounds[-1] if run.tuning_rounds else None
     accepted, drawn = standing.accepted.get(last.server_round, (0, 0)) if last else (0, 0)
-    down, up = bytes_text(cost.bytes_down), bytes_text(cost.bytes_up)
+    down, up = bytes_text(cost.bytes_down or 0.0), bytes_text(cost.bytes_up or 0.0)
     remaining = standing.remaining_seconds
     tiles = [
         (

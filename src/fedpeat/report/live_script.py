@@ -96,6 +96,7 @@ LIVE_STYLE: Final = """
 @media (prefers-reduced-motion:no-preference) {
   .state.running::before { animation: breathe 2s ease-in-out infinite }
 }
+header .log { margin-top: 4px; font-size: 13px }
 .done { display: block; width: 100%; height: 6px; margin-top: 26px }
 .done .all { fill: var(--line) }
 .done .part { fill: var(--blue) }

@@ -91,6 +91,7 @@ class Standing:
         set_aside: Devices that take part no more, as too many of their updates were rejected.
         changed_seconds: When the rounds were last written [s since 1970].
         stages: Runs inside the run.
+        last_log: The last line of log.txt, which tells what goes on before the first round.
     """
 
     run: RunData
@@ -106,6 +107,7 @@ class Standing:
     set_aside: tuple[str, ...] = ()
     changed_seconds: float | None = None
     stages: tuple[Stage, ...] = ()
+    last_log: str = ""
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -142,6 +144,7 @@ class Standing:
                 "sits_out": list(self.sits_out),
                 "set_aside": list(self.set_aside),
                 "stages": [vars(stage) for stage in self.stages],
+                "last_log": self.last_log,
                 "notes": list(self.run.notes),
             }
         )

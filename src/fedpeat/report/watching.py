@@ -22,9 +22,11 @@ __all__ = ["RunWatcher"]
 T = TypeVar("T")
 
 _FILES: Final = ("config.yaml", "metrics.jsonl", "summary.json", LOCK_NAME)
-_INNER: Final = ("full_tuned", "clients/*")
+_REFERENCE: Final = "full_tuned"
+_INNER: Final = (_REFERENCE, "clients/*")
 _MOST_STAGES: Final = 64
 _MOST_CONFIG_BYTES: Final = 1_000_000
+_MOST_LOG_BYTES: Final = 4096
 
 NO_METRICS: Final = "There is no metrics.jsonl yet; it is written when the first round ends."
 CUT_OFF: Final = (
@@ -81,6 +83,7 @@ class _RunReader:
         self._metrics = _MetricsReader(folder / "metrics.jsonl")
         self._summary = _Cached(folder / "summary.json", load_summary)
         self._settings = _Cached(folder / "config.yaml", _load_settings)
+        self._log = _Cached(folder / "log.txt", _last_line)
         self._inner: dict[Path, _RunReader] = {}
 
     def read(self) -> Standing:
@@ -91,12 +94,15 @@ class _RunReader:
         if not self._folder.is_dir():
             notes = (f"There is no folder {self._folder} at the moment.",)
         metric = summary.quality.metric if summary else tally.metric
+        inner = {path.name: reader.read() for path, reader in self._inner_readers().items()}
+        reference = inner.get(_REFERENCE)
         return Standing(
             run=RunData(
                 name=self._folder.resolve().name,
                 metric=metric or METRICS[0],
                 rounds=tuple(tally.rounds),
                 summary=summary,
+                reference=reference.run if reference else None,
                 notes=tuple(note for note in notes if note),
             ),
             life=_life(summary, is_held=is_held),
@@ -112,11 +118,12 @@ class _RunReader:
             sits_out=tally.sits_out,
             set_aside=tally.rounds[-1].set_aside if tally.rounds else (),
             changed_seconds=self._metrics.changed_seconds,
-            stages=self._stages(),
+            stages=tuple(_stage(standing) for standing in inner.values()),
+            last_log=self._log.read() or "",
         )
 
-    def _stages(self) -> tuple[Stage, ...]:
-        """Return the runs inside the run, such as that of the upper bound."""
+    def _inner_readers(self) -> dict[Path, _RunReader]:
+        """Return the readers of the runs inside the run, such as that of the upper bound."""
         found = [
             path
             for pattern in self._patterns
@@ -124,7 +131,7 @@ class _RunReader:
             if (path / LOCK_NAME).is_file()
         ]
         self._inner = {path: self._inner.get(path) or _RunReader(path) for path in found}
-        return tuple(_stage(reader.read()) for reader in self._inner.values())
+        return self._inner
 
 
 class _Cached(Generic[T]):
@@ -163,6 +170,17 @@ def _load_settings(path: Path) -> object:
             return yaml.safe_load(file.read(_MOST_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+
+
+def _last_line(path: Path) -> str:
+    """Return the last line that has an end, or nothing."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _MOST_LOG_BYTES, 0))
+            whole, _, _ = file.read().rpartition(b"\n")
+    except OSError:
+        return ""
+    return whole.rpartition(b"\n")[2].decode("utf-8", "replace")
 
 
 def _stage(inner: Standing) -> Stage:
