@@ -84,7 +84,7 @@ def test_the_page_the_record_and_the_metrics_are_served(serve: Serve) -> None:
 def test_head_has_the_headers_of_get_and_no_content(serve: Serve, path: str) -> None:
     server = serve()
     whole, head = ask(server, path), ask(server, path, "HEAD")
-    assert head.text == ""
+    assert send(server, f"HEAD {path} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode())[-4:] == b"\r\n\r\n"
     changing = {"Date"}
     assert {k: v for k, v in head.headers.items() if k not in changing} == {
         k: v for k, v in whole.headers.items() if k not in changing
@@ -102,9 +102,14 @@ def test_every_other_method_is_not_allowed(serve: Serve, method: str) -> None:
 
 
 def test_an_answer_arrives_though_the_request_has_content(serve: Serve) -> None:
-    server = serve()
-    content = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000\r\n\r\n" + bytes(30000)
-    assert send(server, content).startswith(b"HTTP/1.1 405 ")
+    with socket.create_connection(("127.0.0.1", serve().port), timeout=10) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n")
+        for _ in range(2):  # a connection that is closed already is reset by the first of these
+            time.sleep(0.1)
+            connection.sendall(bytes(1000))
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 405 ")
 
 
 @pytest.mark.parametrize(
