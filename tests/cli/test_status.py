@@ -139,4 +139,5 @@ def test_watch_takes_its_token_from_the_environment(
     folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDPEAT_STATUS_TOKEN", "seven77")
-    assert "got 7 signs" in refused("watch", folder, "--port", "0")
+    with StatusServer(folder, port=0) as server:  # where it cannot listen, whatever the token
+        assert "got 7 signs" in refused("watch", folder, "--port", server.port)

@@ -197,10 +197,13 @@ def test_a_crowd_is_cut_with_those_in_trouble_in_front(make_run: MakeRun) -> Non
 
 
 def test_a_long_run_stays_a_small_page(make_run: MakeRun) -> None:
-    lines = [round_line(n, 30.0, warnings=["w" * 5000], seconds=1.0) for n in range(500)]
+    said = [f"d{index} sits out: {'w' * 5000}" for index in range(20)]
+    lines = [round_line(n, 30.0, warnings=said[:1]) for n in range(500)]
+    lines[-1] |= {"warnings": said}
     page = page_of(make_run(lines))
     assert len(page) < 150_000
     assert "the last 25 of 500 lines" in page
+    assert "8 more of these." in page
 
 
 def test_numbers_that_are_not_finite_are_told(make_run: MakeRun) -> None:

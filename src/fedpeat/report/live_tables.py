@@ -63,8 +63,8 @@ def _shown(participants: Sequence[ParticipantStanding]) -> Sequence[ParticipantS
 def _participant(
     item: ParticipantStanding, last_round: int, aside: frozenset[str]
 ) -> Iterator[Html]:
-    is_aside = item.role != "server" and item.client_id in aside
-    label = "server" if item.role == "server" else "set aside" if is_aside else ""
+    label = "set aside" if item.client_id in aside else ""
+    label = "server" if item.role == "server" else label
     badge = element("span", label, class_="badge") if label else ""
     name = element("span", cut_text(item.client_id, _MOST_NAME) or "(no name)", class_="name")
     yield element("th", name, badge, scope="row")
