@@ -65,7 +65,17 @@ def test_help_takes_less_than_half_a_second() -> None:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = output_of(["--help"], capsys)
-    for command in ("run", "compare", "evaluate", "export", "report", "audit", "settings"):
+    for command in (
+        "run",
+        "compare",
+        "evaluate",
+        "export",
+        "report",
+        "status",
+        "watch",
+        "audit",
+        "settings",
+    ):
         assert re.search(rf"^ +{command} ", text, re.MULTILINE), command
 
 

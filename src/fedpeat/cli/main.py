@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_watching(commands)
     _add_audit(commands)
     _add_inspect(commands)
     _add_control(commands)
@@ -164,6 +165,30 @@ def _add_export(commands: Commands) -> None:
 def _add_report(commands: Commands) -> None:
     parser = _add(commands, "report", "write report.html of a run or a comparison", _report)
     parser.add_argument("run", type=Path, help="run folder")
+
+
+def _add_watching(commands: Commands) -> None:
+    parser = _add(commands, "status", "show where a run stands", _status)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--json", action="store_true", help="print a record for scripts")
+    parser = _add(commands, "watch", "show a run as it goes, as a web page that only reads", _watch)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine)"
+    )
+    parser.add_argument("--port", type=int, default=8321, help="default: 8321; 0 for any free one")
+    parser.add_argument(
+        "--token",
+        help="what clients must bring; made up and printed if others than this machine can reach "
+        "the page (FEDPEAT_STATUS_TOKEN in the environment, which other users do not see)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one more name that clients may ask for, such as that of a proxy in front",
+    )
 
 
 def _add_audit(commands: Commands) -> None:
@@ -350,6 +375,30 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
 
     is_comparison = (args.run / "comparison.json").exists()
     print(write_comparison(args.run) if is_comparison else write_report(args.run))
+
+
+def _status(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    import json
+
+    from fedpeat.report.watching import RunWatcher
+
+    standing = RunWatcher(args.run).standing()
+    if args.json:
+        print(json.dumps(standing.record(), allow_nan=False))
+    else:
+        from fedpeat.cli.status import show
+
+        show(standing)
+
+
+def _watch(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from fedpeat.cli.status import watch
+    from fedpeat.report.status_server import StatusServer
+
+    token = args.token or os.environ.get("FEDPEAT_STATUS_TOKEN")
+    watch(StatusServer(args.run, args.host, args.port, token, allowed_hosts=args.allow_host))
 
 
 def _audit(args: argparse.Namespace, rest: list[str]) -> None:

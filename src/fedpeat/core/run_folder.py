@@ -14,7 +14,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpeat.core.errors import CheckpointError, ConfigError, StorageError
+from fedpeat.core.run_lock import LOCK_NAME, take_lock
 
 __all__ = [
     "Checkpoint",
@@ -159,18 +159,15 @@ class RunFolder:
         self._require_ours()
         with storage_errors(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise StorageError(f"{self.path} is in use by another process") from error
-        self._lock = lock
+            try:
+                self._lock = take_lock(self.path)
+            except BlockingIOError as error:
+                raise StorageError(f"{self.path} is in use by another process") from error
         self.settle()
 
     def _require_ours(self) -> None:
         foreign = [name for name in (*_FOLDERS, *_FILES) if (self.path / name).exists()]
-        if foreign and not (self.path / ".lock").exists() and not self.has_run():
+        if foreign and not (self.path / LOCK_NAME).exists() and not self.has_run():
             raise ConfigError(
                 f"{self.path} must be a new folder or hold a run, got {', '.join(foreign)} of no "
                 "run; choose another name"
@@ -246,7 +243,7 @@ class RunFolder:
         self.clear()
         with storage_errors(self.path):
             self.checkpoints.rmdir()
-            (self.path / ".lock").unlink(missing_ok=True)
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 

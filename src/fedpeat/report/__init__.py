@@ -6,9 +6,13 @@ from fedpeat.report.comparison import comparison_markdown, render_comparison, wr
 from fedpeat.report.load import load_run
 from fedpeat.report.page import render_report, write_report
 from fedpeat.report.records import RunData
+from fedpeat.report.status_server import StatusServer
+from fedpeat.report.watching import RunWatcher
 
 __all__ = [
     "RunData",
+    "RunWatcher",
+    "StatusServer",
     "comparison_markdown",
     "load_run",
     "render_comparison",

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedpeat.core.errors import DataError
 
-__all__ = ["Fields", "parse_object", "read_text"]
+__all__ = ["Fields", "finite", "parse_object", "read_text"]
 
 _MAX_SHOWN = 60
 
@@ -25,6 +26,15 @@ def read_text(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def finite(value: object) -> Any:
+    """Return JSON data with None in place of every number that is not finite: JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_object(text: str, where: str) -> Fields:

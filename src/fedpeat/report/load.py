@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedpeat.core.errors import DataError
@@ -27,7 +27,7 @@ from fedpeat.report.records import (
     Summary,
 )
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "load_summary", "parse_round", "require_run_folder"]
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json")
 _REFERENCE = "full_tuned"
@@ -49,17 +49,26 @@ def load_run(run_dir: Path) -> RunData:
         DataError: If there is no such folder, it is no run folder, or a file in it is damaged.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        got = "a file" if run_dir.exists() else "no such folder"
-        raise DataError(f"{run_dir}: must be a run folder, got {got}")
-    if not _is_run_folder(run_dir):
-        raise DataError(
-            f"{run_dir}: must be a run folder with one of {', '.join(_FILES)}, got none of them"
-        )
+    require_run_folder(run_dir, _FILES)
     reference = run_dir / _REFERENCE
     return _load_folder(
         run_dir, _load_folder(reference, None) if _is_run_folder(reference) else None
     )
+
+
+def require_run_folder(run_dir: Path, names: Sequence[str]) -> None:
+    """Check that a folder is one of a run, by files of which it has at least one.
+
+    Raises:
+        DataError: If it is none.
+    """
+    if not run_dir.is_dir():
+        got = "a file" if run_dir.exists() else "no such folder"
+        raise DataError(f"{run_dir}: must be a run folder, got {got}")
+    if not any((run_dir / name).is_file() for name in names):
+        raise DataError(
+            f"{run_dir}: must be a run folder with one of {', '.join(names)}, got none of them"
+        )
 
 
 def _is_run_folder(folder: Path) -> bool:
@@ -68,11 +77,7 @@ def _is_run_folder(folder: Path) -> bool:
 
 def _load_folder(folder: Path, reference: RunData | None) -> RunData:
     config, metrics, summary_path = (folder / name for name in _FILES)
-    summary = (
-        _summary(parse_object(read_text(summary_path), str(summary_path)))
-        if summary_path.is_file()
-        else None
-    )
+    summary = load_summary(summary_path)
     lines = _Lines(metrics, is_running=summary is None) if metrics.is_file() else None
     rounds = lines.rounds() if lines else ()
     return RunData(
@@ -87,6 +92,23 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         trained=load_trained(folder),
         notes=lines.notes() if lines else (),
     )
+
+
+def load_summary(path: Path) -> Summary | None:
+    """Return summary.json, None where there is none; DataError if it is damaged."""
+    return _summary(parse_object(read_text(path), str(path))) if path.is_file() else None
+
+
+def parse_round(line: str, where: str) -> tuple[RoundRecord, str | None]:
+    """Return a line of metrics.jsonl, and the metric of its quality if the round was evaluated.
+
+    Raises:
+        DataError: If it is no such line.
+    """
+    fields = parse_object(line, where)
+    quality = fields.child("quality")
+    metric = None if quality is None else quality.choice("metric", METRICS)
+    return _round(fields, quality), metric
 
 
 def _metric(summary: Summary | None, lines: _Lines | None, path: Path) -> str:
@@ -122,11 +144,10 @@ class _Lines:
     def _records(self) -> Iterator[RoundRecord]:
         for number, line in enumerate(self._lines, start=1):
             if line.strip():
-                fields = parse_object(line, f"{self.path}, line {number}")
-                quality = fields.child("quality")
-                if quality is not None:
-                    self.metrics.add(quality.choice("metric", METRICS))
-                yield _round(fields, quality)
+                record, metric = parse_round(line, f"{self.path}, line {number}")
+                if metric is not None:
+                    self.metrics.add(metric)
+                yield record
 
 
 def _is_json(text: str) -> bool:

@@ -15,7 +15,7 @@ from fedpeat.report.quantities import bytes_text, count_text, number_text, secon
 from fedpeat.report.records import STATUSES, UNITS, Participation, RoundRecord, RunData
 from fedpeat.report.rungs import by_size, rungs_of, rungs_table, shade_of
 
-__all__ = ["participation_section"]
+__all__ = ["natural_order", "participation_section", "status_mark"]
 
 _NOT_DRAWN = "not drawn"
 _MOST_ROWS = 128
@@ -38,7 +38,7 @@ def participation_section(run: RunData) -> Html:
     if not by_key:
         return element("p", "No round with participants has been recorded.", class_="empty")
     counts = Counter(item.status for record in rounds for item in record.participants)
-    keys = sorted(by_key, key=_order)
+    keys = sorted(by_key, key=natural_order)
     shown, columns = keys[:_MOST_ROWS], rounds[-_MOST_ROUNDS:]
     rungs = by_size(rungs_of(item for record in rounds for item in record.participants))
     return join(
@@ -78,7 +78,7 @@ def _by_participant(rounds: Iterable[RoundRecord]) -> dict[Key, dict[int, Partic
     return table
 
 
-def _order(key: Key) -> tuple[bool, list[tuple[int, str]]]:
+def natural_order(key: Key) -> tuple[bool, list[tuple[int, str]]]:
     """The server first, then by name with numbers in their own order: device 2 before device 10."""
     pieces = re.split(r"([0-9]{1,12})", key[1].casefold())
     return (
@@ -130,7 +130,7 @@ def _legend(counts: Counter[str], *, is_anyone_left_out: bool, is_plain: bool) -
             "li",
             element(
                 "svg",
-                _mark(status, 0.0, 14.0, is_plain=is_plain),
+                status_mark(status, 0.0, 14.0, is_plain=is_plain),
                 width=14,
                 height=14,
                 aria_hidden="true",
@@ -232,7 +232,7 @@ def _round_mark(
     title = element("title", f"round {server_round}: {status}{_told(item)}")
     if item and status == "accepted" and item.rung and len(rungs) > 1:
         return _bar(item.rung, rungs, x, size, title)
-    return _mark(status, x, size, title, is_plain=len(rungs) > 1)
+    return status_mark(status, x, size, title, is_plain=len(rungs) > 1)
 
 
 def _bar(rung: str, rungs: Sequence[str], x: float, size: float, *title: Html) -> Html:
@@ -262,7 +262,7 @@ def _told(item: Participation | None) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _mark(status: str, x: float, size: float, *title: Html, is_plain: bool = False) -> Html:
+def status_mark(status: str, x: float, size: float, *title: Html, is_plain: bool = False) -> Html:
     """Return the shape of a status, in a square of so many pixels.
 
     Where colours tell rungs, an accepted update without one is plain.
@@ -319,7 +319,9 @@ def _reasons(rounds: Sequence[RoundRecord]) -> Html:
             "tr",
             element(
                 "td",
-                element("svg", _mark(status, 0.0, 14.0), width=14, height=14, aria_hidden="true"),
+                element(
+                    "svg", status_mark(status, 0.0, 14.0), width=14, height=14, aria_hidden="true"
+                ),
                 " ",
                 status,
             ),
