@@ -91,7 +91,7 @@ def _require_data(source: str) -> None:
     Raises:
         DataError: If there are none.
     """
-    if looks_like_path(source) and not is_archive(expand_home(source)):
+    if looks_like_path(source) and not is_archive(source):
         path = expand_home(source)
         if not path.is_dir() or not any(path.iterdir()):
             find_files(source)
