@@ -14,7 +14,7 @@ def test_every_error_is_a_fedpeat_error_that_ends_a_command_with_1_or_2(
     kind: type[errors.FedPEATError],
 ) -> None:
     assert issubclass(kind, errors.FedPEATError)
-    faults_of_a_run = {errors.AggregationError, errors.StorageError}
+    faults_of_a_run = {errors.AggregationError, errors.FleetError, errors.StorageError}
     assert kind.exit_code == (1 if kind in faults_of_a_run else 2)
 
 
