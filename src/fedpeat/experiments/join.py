@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +39,6 @@ from fedpeat.model.loading import resolve_device, resolve_dtype
 __all__ = ["join"]
 
 _LOOK_SECONDS = 0.5
-_BACK_OFF_SECONDS = 65.0  # the SuperLink takes a node that crashed for online for a minute
 _MAX_FILES = 64
 
 Say = Callable[[str], object]
@@ -100,10 +100,11 @@ def _require_data(source: str) -> None:
 def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[Program]:
     secret, address = str(secret_file(folder / "tasks.secret")), f"127.0.0.1:{free_port()}"
     env = environment(folder / "home")
+    ca, key, log = str(keys.ca.absolute()), str(keys.key.absolute()), folder / "logs/supernode.log"
     supernode = [
+        *(sys.executable, "-m", "fedpeat.federated.flower.node", str(log), server, ca, key),
         *(tool("flower-supernode"), "--superlink", server),
-        *("--root-certificates", str(keys.ca.absolute())),
-        *("--auth-supernode-private-key", str(keys.key.absolute())),
+        *("--root-certificates", ca, "--auth-supernode-private-key", key),
         *("--isolation", "process", "--superexec-auth-secret-file", secret),
         *("--host", "127.0.0.1", "--port", address.split(":")[1]),
         *("--node-config", f'{SOCKET_KEY}="{path}"'),
@@ -112,10 +113,9 @@ def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[P
         *(tool("flower-superexec"), "--insecure", "--runtime-api-address", address),
         *("--superexec-auth-secret-file", secret),
     ]
-    logs = folder / "logs"
     return [
-        Program("supernode", supernode, env, logs / "supernode.log", _BACK_OFF_SECONDS),
-        Program("superexec", superexec, env, logs / "superexec.log"),
+        Program("supernode", supernode, env, log),
+        Program("superexec", superexec, env, log.with_name("superexec.log")),
     ]
 
 
