@@ -21,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from faults.fleet import Materials, config_in  # noqa: E402
-from faults.runner import in_process, run_with_faults  # noqa: E402
-from faults.scenario import drawn  # noqa: E402
+from faults.fleet import Materials, config_in
+from faults.runner import in_process, run_with_faults
+from faults.scenario import drawn
 
 TOLERANCE_RATIO = 0.02
 
@@ -105,7 +105,8 @@ def _print_table(folder: Path) -> None:
         f"{sum(r['same_as_in_process'] for r in results)} the same bit for bit as in process "
         f"with the same updates; {sum(o <= TOLERANCE_RATIO for o in offs)} within "
         f"{TOLERANCE_RATIO:.0%} of the log-perplexity without faults ({reference:.4f}; untuned "
-        f"{start:.4f}), at most {max(offs, default=0):.2%} off; {sum(r['is_well'] for r in results)} well"
+        f"{start:.4f}), at most {max(offs, default=0):.2%} off; "
+        f"{sum(r['is_well'] for r in results)} well"
     )
 
 

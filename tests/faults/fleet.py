@@ -18,20 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faults.proc import Process, descendants, is_same, kill, listening_ports
+from faults.proxy import Network
 from fedpeat.config.loading import config_from_dict, config_to_yaml
 from fedpeat.config.schema import Config
 from fedpeat.experiments.fleet_folder import free_port
 from fedpeat.experiments.shards import write_shards
 from fedpeat.federated.flower.keys import make_keys
-from faults.proc import Process, descendants, is_same, kill, listening_ports
-from faults.proxy import Network
 from tiny import save_tiny_llama, tiny_settings, write_corpus
 
 __all__ = ["NUM_ROUNDS", "Command", "Fleet", "Materials", "config_in"]
 
-NUM_ROUNDS = 4
-DEADLINE_SECONDS = 30.0
+NUM_ROUNDS = 3
+DEADLINE_SECONDS = 60.0
 END_SECONDS = 20.0
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # several fleets share two cores
+}
 ODD_DEVICE = Path(__file__).with_name("odd_device.py")
 
 
@@ -70,6 +75,7 @@ def config_in(materials: Materials, output_dir: Path, **fleet: Any) -> Config:
     settings["federated"] = {
         "num_rounds": NUM_ROUNDS,
         "round_deadline_seconds": DEADLINE_SECONDS,
+        "min_clients": 2,  # the server and a device at least
     }
     settings["num_threads"] = 1
     return config_from_dict({**settings, "fleet": fleet} if fleet else settings)
@@ -101,7 +107,7 @@ class Command:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.program, *self.arguments, *more],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, **_ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -130,9 +136,7 @@ class Fleet:
         wait_for: How many the server waits for.
     """
 
-    def __init__(
-        self, materials: Materials, folder: Path, names: list[str], wait_for: int
-    ) -> None:
+    def __init__(self, materials: Materials, folder: Path, names: list[str], wait_for: int) -> None:
         folder.mkdir(parents=True)
         self.folder, self._materials = folder, materials
         make_keys(folder / "keys", ["localhost", "127.0.0.1"], names, 2)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -95,10 +96,8 @@ def main() -> None:
     if kind == "full_disk":
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
-    import fedpeat.experiments.join as joining  # noqa: PLC0415 - as the command does
-
-    joining.Device = OddDevice  # type: ignore[misc]
-    command(arguments)
+    with mock.patch("fedpeat.experiments.join.Device", OddDevice):
+        command(arguments)
 
 
 if __name__ == "__main__":

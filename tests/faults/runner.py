@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from faults.fleet import NUM_ROUNDS, Fleet, Materials
+from faults.scenario import PHASES, Event, Scenario
 from fedpeat.config.loading import override
-from fedpeat.core.records import Reply
 from fedpeat.core.wire import decode
 from fedpeat.experiments import bench
 from fedpeat.experiments.run import run
 from fedpeat.federated.in_process import Handler, InProcessTransport
-from faults.fleet import NUM_ROUNDS, Fleet, Materials, config_in
-from faults.scenario import Event, Scenario
 
 __all__ = ["Outcome", "in_process", "run_with_faults"]
 
-LIMIT_SECONDS = 420.0
+LIMIT_SECONDS = 600.0
 _LOOK_SECONDS = 0.25
 _PATIENCE_SECONDS = 15.0  # for a program that is to be killed, before another one is
 _TIMES = {"seconds", "elapsed_seconds", "peak_rss_bytes"}
@@ -119,49 +118,72 @@ def _see_through(
     fleet: Fleet, scenario: Scenario, outcome: Outcome, chronicle: _Chronicle, start: float
 ) -> None:
     waiting = list(scenario.events)
+    reached: dict[str, float] = {}
+    later: list[tuple[float, Callable[[], None]]] = []
     while (now := time.monotonic() - start) < LIMIT_SECONDS:
         fleet.look()
-        chronicle.note(fleet.history())
-        for event in [event for event in waiting if event.at <= now]:
-            if _happen(fleet, event, scenario, outcome, now):
+        history = fleet.history()
+        chronicle.note(history)
+        _note_phases(reached, fleet, len(history) - 1, now)
+        for at, end in [item for item in later if item[0] <= now]:
+            later.remove((at, end))
+            end()
+        for event in list(waiting):
+            due = reached.get(event.phase, math.inf) + event.delay_seconds
+            if due <= now and _happen(fleet, event, scenario, now - due, later, now):
                 waiting.remove(event)
+                words = [event.kind, event.who, event.role, f"({event.seconds:.0f} s)"]
+                told = " ".join(word for word in words if word)
+                outcome.happened.append(f"{now:.0f} s, {len(history) - 1} rounds: {told}")
         if fleet.server.ended == 0:
             outcome.finished = True
-            killed = {event.who == "server" for event in scenario.events if event.kind == "kill"}
-            left = {event.who == "server" for event in waiting if event.kind == "kill"}
-            outcome.faults += ["ended before a kill was due"] if killed & left else []
+            kills = [event for event in waiting if event.kind == "kill"]
+            outcome.faults += [f"ended before {e.role} of {e.who} was killed" for e in kills]
             return
         time.sleep(_LOOK_SECONDS)
     outcome.faults.append(f"did not end in {LIMIT_SECONDS:g} s")
 
 
+def _note_phases(reached: dict[str, float], fleet: Fleet, num_rounds: int, now: float) -> None:
+    """Note when each phase begins."""
+    there = {
+        "start": True,
+        "run": (fleet.run_folder / "log.txt").exists(),
+        "welcome": any("welcomed" in _text(device.log) for device in fleet.devices.values()),
+        "round 1": num_rounds >= 1,
+        "round 2": num_rounds >= 2,
+    }
+    for phase in PHASES:
+        if there[phase]:
+            reached.setdefault(phase, now)
+
+
 def _happen(
-    fleet: Fleet, event: Event, scenario: Scenario, outcome: Outcome, now: float
+    fleet: Fleet,
+    event: Event,
+    scenario: Scenario,
+    late_seconds: float,
+    later: list[tuple[float, Callable[[], None]]],
+    now: float,
 ) -> bool:
     """Let something happen; return whether that could be."""
-    role = event.role
     if event.kind == "kill":
         victim = fleet.server if event.who == "server" else fleet.devices[event.who]
         if victim.ended is not None:
             return False  # it is killed, and not yet started again
-        if not fleet.kill(victim, role, event.restart_seconds):
-            if now - event.at < _PATIENCE_SECONDS:
-                return False
-            role = "itself"
-            fleet.kill(victim, role, event.restart_seconds)
-    elif event.kind == "cut":
+        if fleet.kill(victim, event.role, event.seconds):
+            return True
+        return late_seconds > _PATIENCE_SECONDS and fleet.kill(victim, "itself", event.seconds)
+    if event.kind == "cut":
         fleet.network.cut()
-    elif event.kind == "mend":
-        fleet.network.mend()
-    elif event.kind in {"hang", "go_on"}:
-        fleet.hang(event.who, stopped=event.kind == "hang")
+        later.append((now + event.seconds, fleet.network.mend))
+    elif event.kind == "hang":
+        fleet.hang(event.who, stopped=True)
+        later.append((now + event.seconds, lambda: fleet.hang(event.who, stopped=False)))
     elif event.kind == "join":
         fleet.join(event.who, scenario.oddities.get(event.who, ""))
     else:
         fleet.make_room(event.who)
-    told = " ".join(word for word in (event.kind, event.who, role) if word)
-    last = fleet.history()
-    outcome.happened.append(f"{now:.0f} s: {told} (after round {len(last) - 1})")
     return True
 
 
@@ -199,8 +221,12 @@ def _told(path: Path) -> list[dict[str, Any]]:
 
 
 def _num_downloads(log: Path) -> int:
-    lines = log.read_text(errors="replace").splitlines()
+    lines = _text(log).splitlines()
     return sum("holds emulator" in line and "(0 bytes came)" not in line for line in lines)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _adapter(folder: Path) -> bytes:
@@ -237,11 +263,7 @@ def in_process(config: Any, folder: Path, accepted: set[tuple[int, str]] | None 
     Returns:
         The run folder.
     """
-    before = bench.InProcessTransport
     _Replaying.accepted = accepted
-    bench.InProcessTransport = _Replaying  # type: ignore[misc]
-    try:
+    with mock.patch.object(bench, "InProcessTransport", _Replaying):
         run(override(config, {"output_dir": str(folder), "name": "run"}), overwrite=True)
-    finally:
-        bench.InProcessTransport = before  # type: ignore[misc]
     return folder / "run"

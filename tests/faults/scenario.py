@@ -6,31 +6,35 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["DEVICE_ROLES", "ODDITIES", "SERVER_ROLES", "Event", "Scenario", "drawn"]
+__all__ = ["DEVICE_ROLES", "ODDITIES", "PHASES", "SERVER_ROLES", "Event", "Scenario", "drawn"]
 
 SERVER_ROLES = ("itself", "all", "superlink", "gate", "superexec", "serverapp")
 DEVICE_ROLES = ("itself", "all", "supernode", "superexec", "clientapp")
 ODDITIES = ("nan", "shape", "missing", "stale", "examples", "late", "full_disk", "joins_late")
-_MOST_WAIT_SECONDS = 90.0
+PHASES = ("start", "run", "welcome", "round 1", "round 2")
+_DELAY_SECONDS = {"start": 12.0, "run": 15.0, "welcome": 15.0, "round 1": 8.0, "round 2": 4.0}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Event:
     """Something that happens.
 
     Attributes:
-        at: Seconds after the fleet was started.
-        kind: kill, cut, mend, hang, go_on, join or room.
+        phase: After what, one of PHASES: the start, the process of the run being there, a device
+            being welcomed, or a round's checkpoint.
+        delay_seconds: How long after that.
+        kind: kill, cut, hang, join or room.
         who: Name of the device; "server" for the server; empty for the network.
         role: Which program is killed.
-        restart_seconds: When a command that was killed is started again.
+        seconds: How long it lasts; after a kill, until the command is started again.
     """
 
-    at: float
+    phase: str
+    delay_seconds: float
     kind: str
     who: str = ""
     role: str = ""
-    restart_seconds: float = 2.0
+    seconds: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Scenario:
 
     Attributes:
         seed: What they were drawn from.
-        events: What happens, in the order of time.
+        events: What happens.
         oddities: What is wrong with devices from the start, by name.
         names: All devices that have a key.
     """
@@ -54,50 +58,39 @@ class Scenario:
         return [event.who for event in self.events if event.kind == "join"]
 
 
-def drawn(seed: int, seconds: float = _MOST_WAIT_SECONDS) -> Scenario:
+def drawn(seed: int) -> Scenario:
     """Draw faults: at least one kill of a device and one of the server, at random moments.
 
-    Which program is killed, and what else goes wrong, changes from seed to seed so that ten
-    seeds in a row have each of them; the moments are random.
-
-    Args:
-        seed: Where all draws begin.
-        seconds: Time in which things happen, from the start on [s].
+    Which program is killed, and what else goes wrong, goes round with the seed, so that seeds in a
+    row have all of it; who, when and how long is random.
     """
     rng = np.random.default_rng([seed, 5])
-    device = f"site-{rng.integers(2)}"
+
+    def event(
+        kind: str, who: str = "", role: str = "", *, last: int = len(PHASES), most: float = 4.0
+    ) -> Event:
+        phase = PHASES[rng.integers(last)]
+        delay = float(rng.uniform(0, _DELAY_SECONDS[phase]))
+        return Event(phase, delay, kind, who, role, float(rng.uniform(0.5, most)))
+
     events = [
-        Event(
-            float(rng.uniform(3, seconds)),
-            "kill",
-            "server",
-            SERVER_ROLES[seed % len(SERVER_ROLES)],
-            float(rng.uniform(0.5, 4)),
-        ),
-        Event(
-            float(rng.uniform(3, seconds)),
-            "kill",
-            device,
-            DEVICE_ROLES[seed % len(DEVICE_ROLES)],
-            float(rng.uniform(0.5, 4)),
-        ),
+        event("kill", "server", SERVER_ROLES[seed % len(SERVER_ROLES)]),
+        event("kill", f"site-{rng.integers(2)}", DEVICE_ROLES[seed % len(DEVICE_ROLES)]),
     ]
-    names, oddities = ("site-0", "site-1"), {}
+    names: tuple[str, ...] = ("site-0", "site-1")
+    oddities: dict[str, str] = {}
     extra = seed % 4
     if extra == 1:
-        start = float(rng.uniform(5, seconds))
-        events += [Event(start, "cut"), Event(start + float(rng.uniform(2, 20)), "mend")]
+        events.append(event("cut", most=20.0))
     elif extra == 2:
-        start, other = float(rng.uniform(10, seconds)), f"site-{rng.integers(2)}"
-        events.append(Event(start, "hang", other))
-        events.append(Event(start + float(rng.uniform(5, 40)), "go_on", other))
+        events.append(event("hang", f"site-{rng.integers(2)}", most=40.0))
     elif extra == 3:
-        names = (*names, "site-2")
+        names += ("site-2",)
         oddity = ODDITIES[(seed // 4) % len(ODDITIES)]
         if oddity == "joins_late":
-            events.append(Event(float(rng.uniform(20, seconds)), "join", "site-2"))
+            events.append(event("join", "site-2", last=4))
         else:
             oddities["site-2"] = oddity
         if oddity == "full_disk":
-            events.append(Event(float(rng.uniform(seconds / 2, seconds)), "room", "site-2"))
-    return Scenario(seed, tuple(sorted(events)), oddities, names)
+            events.append(Event("round 1", 0.0, "room", "site-2"))
+    return Scenario(seed, tuple(events), oddities, names)

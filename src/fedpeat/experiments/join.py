@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from fedpeat.config import schema
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import ConfigError, WireError
 from fedpeat.core.run_folder import storage_errors
+from fedpeat.core.run_lock import take_lock
 from fedpeat.data.examples import Examples
 from fedpeat.data.files import expand_home, find_files, looks_like_path
 from fedpeat.data.image_files import is_archive
@@ -65,9 +66,7 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     _require_data(config.data.source)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+    lock = _taken(folder)
     place = resolve_device(config.model.device)
     shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
     cache = PartCache(folder / "parts", server, own.ca)
@@ -83,6 +82,24 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
             time.sleep(_LOOK_SECONDS)
     finally:
         supervisor.stop()
+        lock.close()
+
+
+def _taken(folder: Path) -> IO[str]:
+    """Make a device's folder and take its lock, which ends with this process.
+
+    Raises:
+        ConfigError: If another process has it: two would take each other's socket.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        try:
+            return take_lock(folder)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder} is in use by another device; give each a --folder of its own"
+            ) from error
 
 
 def _require_data(source: str) -> None:

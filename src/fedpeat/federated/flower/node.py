@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def say_goodbye(server: str, ca: Path, key: Path, node_id: int) -> str:
     client = FleetHttpClient(
         f"https://{server}",
         interceptors=[NodeAuthHttpInterceptor(private, private.public_key())],
-        verify=str(ca),
+        verify=ssl.create_default_context(cafile=ca),
         timeout=_TIME_OUT_SECONDS,
     )
     try:

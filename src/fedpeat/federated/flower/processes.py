@@ -32,10 +32,12 @@ FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Nothing but the server is called, nothing is installed while it runs."""
+
+FLOWER_DEFAULTS = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+"""What may be set otherwise: a busy machine is spared by asking for tasks less often [s]."""
 
 
 def tool(name: str) -> str:
@@ -51,7 +53,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         more: Further variables.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path, **more}
+    fixed = {**FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
+    return {**FLOWER_DEFAULTS, **os.environ, **fixed, **more}
 
 
 def end_on_sigterm() -> None:
