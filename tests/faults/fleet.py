@@ -69,11 +69,13 @@ class Materials:
         return self.folder / "shards" / f"{name}.jsonl"
 
 
-def config_in(materials: Materials, output_dir: Path, **fleet: Any) -> Config:
+def config_in(
+    materials: Materials, output_dir: Path, num_rounds: int = NUM_ROUNDS, **fleet: Any
+) -> Config:
     """Return the settings of a run."""
     settings = tiny_settings(materials.model, materials.corpus, output_dir)
     settings["federated"] = {
-        "num_rounds": NUM_ROUNDS,
+        "num_rounds": num_rounds,
         "round_deadline_seconds": DEADLINE_SECONDS,
         "min_clients": 2,  # the server and a device at least
     }
@@ -134,9 +136,17 @@ class Fleet:
         folder: Where everything of this fleet goes.
         names: Devices that have a key.
         wait_for: How many the server waits for.
+        num_rounds: Rounds of the run.
     """
 
-    def __init__(self, materials: Materials, folder: Path, names: list[str], wait_for: int) -> None:
+    def __init__(
+        self,
+        materials: Materials,
+        folder: Path,
+        names: list[str],
+        wait_for: int,
+        num_rounds: int = NUM_ROUNDS,
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder, self._materials = folder, materials
         make_keys(folder / "keys", ["localhost", "127.0.0.1"], names, 2)
@@ -145,6 +155,7 @@ class Fleet:
         self.config = config_in(
             materials,
             folder / "runs",
+            num_rounds,
             keys=str(folder / "keys/server"),
             port=self.port,
             wait_for=wait_for,

@@ -89,12 +89,13 @@ class _Chronicle:
         self.changed += [f"round {r} is gone" for r in self._lines if r not in kept]
 
 
-def run_with_faults(materials: Materials, folder: Path, scenario: Scenario) -> Outcome:
+def run_with_faults(
+    materials: Materials, folder: Path, scenario: Scenario, num_rounds: int = NUM_ROUNDS
+) -> Outcome:
     """Run a fleet while things go wrong, and judge what comes of it."""
     joiners = scenario.late_joiners
-    fleet = Fleet(
-        materials, folder, list(scenario.names), wait_for=len(scenario.names) - len(joiners)
-    )
+    num_waited_for = len(scenario.names) - len(joiners)
+    fleet = Fleet(materials, folder, list(scenario.names), num_waited_for, num_rounds)
     outcome, chronicle, start = Outcome(scenario.seed), _Chronicle(), time.monotonic()
     try:
         fleet.server.start()
@@ -189,7 +190,7 @@ def _happen(
 
 def _judge(outcome: Outcome, fleet: Fleet, final: list[dict[str, Any]]) -> None:
     rounds = [line["server_round"] for line in final]
-    if rounds != list(range(NUM_ROUNDS + 1)):
+    if rounds != list(range(fleet.config.federated.num_rounds + 1)):
         outcome.faults.append(f"rounds are {rounds}")
         outcome.finished = False
         return

@@ -50,9 +50,12 @@ import os, sys, time
 from pathlib import Path
 from fedpeat.federated.flower.processes import Program, Supervisor
 log = Path(sys.argv[1])
-supervisor = Supervisor([Program("sleeps", [sys.executable, "-c", "import time; time.sleep(600)"],
-                                 dict(os.environ), log)], print)
+code = "import time; print('up', flush=True); time.sleep(600)"
+program = Program("sleeps", [sys.executable, "-c", code], dict(os.environ), log)
+supervisor = Supervisor([program], print)
 supervisor.look()
+while not log.read_text():
+    time.sleep(0.01)
 print("up", flush=True)
 time.sleep(600)
 """

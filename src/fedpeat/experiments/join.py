@@ -15,7 +15,7 @@ import torch
 
 from fedpeat.config import schema
 from fedpeat.config.schema import Config
-from fedpeat.core.errors import ConfigError, WireError
+from fedpeat.core.errors import ConfigError, FleetError, WireError
 from fedpeat.core.run_folder import storage_errors
 from fedpeat.core.run_lock import take_lock
 from fedpeat.data.examples import Examples
@@ -72,14 +72,16 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     cache = PartCache(folder / "parts", server, own.ca)
     device = Device(own.name, cache, shelf, _reader(config, own.name), say)
     path = (folder / "worker.socket").absolute()
-    threading.Thread(target=serve_device, args=(path, device, say), daemon=True).start()
+    worker = threading.Thread(target=serve_device, args=(path, device, say), daemon=True)
+    worker.start()
     end_on_sigterm()
     supervisor = Supervisor(_programs(server, own, folder.absolute(), path), say)
     say(f"{own.name} joins {server}")
     try:
-        while True:
+        while worker.is_alive():
             supervisor.look()
             time.sleep(_LOOK_SECONDS)
+        raise FleetError(f"{own.name} cannot answer any more; start it again")
     finally:
         supervisor.stop()
         lock.close()
