@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from fakes import FakeClock
+from fakes import FakeClock, FakeDevice, FakeTransport
 from faults.proc import descendants, is_same
+from fedpeat.config.loading import config_from_dict
 from fedpeat.core.errors import AggregationError, ConfigError, FleetError
 from fedpeat.core.run_folder import RunFolder
-from fedpeat.experiments import join, serve
+from fedpeat.experiments import fleet, join, serve
 from fedpeat.experiments.fleet_folder import FleetFolder, free_port
 from fedpeat.federated.flower import node, processes
 from fedpeat.federated.flower.keys import make_keys, server_keys
@@ -125,18 +126,25 @@ def fleets(tmp_path: Path) -> Iterator[Fleets]:
 
 @pytest.fixture
 def become_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[str]]:
-    """Return what starts a SuperNode that finds the server at a port, and what that becomes."""
-    became: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda _, command: became.extend(command))
+    """Return what starts a SuperNode that finds the server at a port, and with what it is run."""
+    arguments: list[str] = []
+
+    class Command:
+        def load(self) -> Callable[[], object]:
+            return lambda: arguments.extend(sys.argv)
+
+    monkeypatch.setattr(node, "entry_points", lambda **_: [Command()])
+    monkeypatch.setattr(os, "_exit", lambda _: None)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
     def become(port: int) -> list[str]:
-        became.clear()
+        arguments.clear()
         device = tmp_path / "keys/devices/site"
         files = (f"localhost:{port}", str(device / "ca.crt"), str(device / "device.key"))
         log = str(tmp_path / "supernode.log")
-        monkeypatch.setattr(sys, "argv", ["node", log, *files, "flower-supernode", "--port"])
+        monkeypatch.setattr(sys, "argv", ["node", log, *files, *SUPERNODE])
         node.main()
-        return list(became)
+        return list(arguments)
 
     return become
 
@@ -166,6 +174,39 @@ def test_a_supernode_starts_where_nobody_can_be_told(
 ) -> None:
     (tmp_path / "supernode.log").write_text("INFO : SuperNode ID: 300\n")
     assert become_a_node(free_port()) == SUPERNODE
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def supernode() -> None:
+        raise error
+
+    return supernode
+
+
+@pytest.mark.parametrize(
+    ("supernode", "code"),
+    [
+        (lambda: None, 1),  # as Flower's does when a TLS handshake is cut; it would stay, deaf
+        (raising(SystemExit(0)), 0),  # told to end
+        (raising(SystemExit(1)), 1),
+        (raising(SystemExit("refused")), 1),
+        (raising(RuntimeError("broken")), 1),
+    ],
+)
+def test_a_supernode_that_gives_up_ends(supernode: Callable[[], object], code: int) -> None:
+    assert node.run(supernode) == code
+
+
+def test_a_supernode_whose_heartbeat_fails_ends(
+    become_a_node: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    become_a_node(free_port())
+    monkeypatch.setattr(os, "_exit", codes.append)
+    heartbeat = threading.Thread(target=raising(RuntimeError("not recognised")))
+    heartbeat.start()
+    heartbeat.join()
+    assert codes == [1]
 
 
 def test_a_folder_is_of_one_device_at_a_time(tmp_path: Path) -> None:
@@ -312,3 +353,40 @@ def test_a_device_that_cannot_be_registered_ends_the_command(
     flower.failures = ["flwr supernode failed: no such curve"] * 9
     with pytest.raises(FleetError, match="no such curve"):
         register(flower, tmp_path)
+
+
+# --- devices, waited for ------------------------------------------------------------------------
+
+
+class Coming(FakeTransport):
+    """Devices of which one more is there each time that is asked."""
+
+    def nodes(self) -> list[str]:
+        self.num_asked += 1
+        return super().nodes()[: self.num_asked]
+
+    num_asked = 0
+
+
+def test_a_run_waits_for_all_its_devices_once_and_then_for_those_that_a_round_needs() -> None:
+    devices = Coming({name: FakeDevice() for name in ("stranger", "a", "b", "c")})
+    waiting = fleet.Patient(devices, "abc", first=2, least=1)
+    assert waiting.nodes() == ["a", "b"]
+    devices.num_asked = 0
+    assert waiting.nodes() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("min_clients", "changes", "least"),
+    [
+        (1, {}, 1),
+        (3, {}, 2),
+        (3, {"server": {"participates": False}}, 3),
+        (3, {"data": {"server_ratio": 0.0}}, 3),
+    ],
+)
+def test_with_the_servers_update_one_device_less_is_enough(
+    min_clients: int, changes: dict[str, Any], least: int
+) -> None:
+    config = config_from_dict({"federated": {"min_clients": min_clients}, **changes})
+    assert fleet.least_devices(config) == least
