@@ -221,6 +221,9 @@ class EmulatorConfig:
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
     """Blocks of text, or images, in a distillation batch."""
+    taken_from: str = ""
+    """Folder of a run or calibration whose emulators are taken over instead of made anew; model,
+    data, emulator, adapter, local steps and seed must be set as there."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -865,6 +868,9 @@ class ComparisonPlan:
     variants: Mapping[str, Any] = field(default_factory=dict)
     """Methods with settings of their own under names of their own (another emulator, say), nested
     as in a config file, with a "method" where it is not the file's."""
+    share_emulators: bool = False
+    """Let a run take over the emulators of the first one with its seed that makes the same ones;
+    the time that it takes is then without the making."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)

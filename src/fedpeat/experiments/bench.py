@@ -26,6 +26,7 @@ from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
@@ -251,24 +252,26 @@ def _emulators(
 ) -> dict[str, EmulatorPackage]:
     """Make the emulators, or take those that this run made before it was interrupted."""
     names = [rung_name(ratio) for ratio in config.emulator.rungs]
-    paths = {name: folder.path / "rungs" / name for name in names}
-    paths[names[0]] = folder.path / "emulator"
+    paths = rung_folders(folder.path, names)
     if (paths[names[0]] / "manifest.json").exists():  # it is saved last
         packages = {name: EmulatorPackage.load(path) for name, path in paths.items()}
         if packages[names[0]].manifest.parent_sha256 == loaded.sha256:
             return packages
-    protected = [] if config.adapter.placement == "all" else tuned
-    packages = make_emulators(
-        loaded,
-        blocks,
-        protected,
-        config.emulator,
-        data,
-        task_of(config).metric,
-        seed=config.seed,
-        observer=observer,
-        probe=Probe.of(config),
-    )
+    if config.emulator.taken_from:
+        observer.message(f"taking over the emulators of {config.emulator.taken_from}")
+        packages = take_over(config, names, loaded.sha256)
+    else:
+        packages = make_emulators(
+            loaded,
+            blocks,
+            [] if config.adapter.placement == "all" else tuned,
+            config.emulator,
+            data,
+            task_of(config).metric,
+            seed=config.seed,
+            observer=observer,
+            probe=Probe.of(config),
+        )
     for name in reversed(names):
         packages[name].save(paths[name])
     return packages
