@@ -44,6 +44,7 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+UpdateCodecName = Literal["float32", "bf16", "int8", "topk"]
 RobustRule = Literal["mean", "median", "trimmed_mean", "multi_krum"]
 WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
 ControllerKind = Literal[
@@ -422,6 +423,12 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    update_codec: UpdateCodecName = "float32"
+    """How devices send what training changed: float32 (as it is), bf16 (half of the bytes), int8 (a
+    quarter) or topk (the largest entries alone). What int8 and topk leave out is added to the
+    device's next update, except with lora_aggregation svd, whose factors turn."""
+    update_kept_ratio: float = 0.1
+    """Share of the entries that topk sends, in (0, 1]; each takes 4 bytes."""
     max_rejections: int | None = None
     """Rejected updates after which a device is set aside for good; none for never."""
     clip_norm: float | None = None
@@ -487,6 +494,9 @@ class FederatedConfig:
             "at least 1",
             self.max_examples_per_client,
         )
+        _require_choice("federated.update_codec", UpdateCodecName, self.update_codec)
+        ratio = self.update_kept_ratio
+        _require(0 < ratio <= 1, "federated.update_kept_ratio", "in (0, 1]", ratio)
         _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
         _require_choice("federated.client_weighting", ClientWeighting, self.client_weighting)
         _require_positive("federated.server_learning_rate", self.server_learning_rate)
@@ -518,6 +528,12 @@ class FederatedConfig:
             self.lora_aggregation != "svd" or self.robust_rule == "mean",
             "federated.robust_rule",
             "mean for federated.lora_aggregation 'svd', whose factors do not compare",
+            self.robust_rule,
+        )
+        _require(
+            self.update_codec != "topk" or self.robust_rule in {"mean", "multi_krum"},
+            "federated.robust_rule",
+            "mean or multi_krum for federated.update_codec 'topk', of whose entries most are 0",
             self.robust_rule,
         )
 

@@ -155,6 +155,8 @@ class ParticipantResult:
     ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
     ``bytes_down`` that brought it what it lacked of that emulator. ``clip_ratio`` is what its
     update was scaled by to stay within the round's bound; None where there is none.
+    ``bytes_up_plain`` is what ``bytes_up`` would have been with updates in plain float32; of an
+    update that is not accepted nobody can tell, and it counts as it came.
     """
 
     client_id: str
@@ -172,6 +174,7 @@ class ParticipantResult:
     rung: str = ""
     bytes_emulator: int = 0
     clip_ratio: float | None = None
+    bytes_up_plain: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class RoundResult:
     ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
     before the round; empty where none was. ``simulated`` is what the round cost in a simulated
     world, as in its plan. ``set_aside`` names all devices that take part no more.
+    ``bytes_up_plain`` is as of the participants.
     """
 
     server_round: int
@@ -193,6 +197,7 @@ class RoundResult:
     participants: tuple[ParticipantResult, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_up_plain: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
     elapsed_seconds: float = 0.0

@@ -29,6 +29,7 @@ from fedpeat.experiments.plugged import load_full_model
 from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
+from fedpeat.federated.codecs import UpdateCodec
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.reception import Reception, welcome_message
@@ -41,7 +42,7 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "Fleet", "make_federation", "set_up"]
+__all__ = ["Bench", "Fleet", "make_federation", "set_up", "update_codec"]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -358,6 +359,7 @@ def make_federation(
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         defence=_defence(config),
         settings=settings,
+        codec=update_codec(config),
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,
         reception=_reception(bench, fleet) if fleet is not None else None,
@@ -384,6 +386,14 @@ def _reception(bench: Bench, fleet: Fleet) -> Reception:
         bench.loaded.processor.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     return Reception(*welcome_message(record, files), fleet.offer)
+
+
+def update_codec(config: Config) -> UpdateCodec:
+    """Return how devices send their updates."""
+    fed = config.federated
+    return UpdateCodec(
+        fed.update_codec, fed.update_kept_ratio, feedback=fed.lora_aggregation != "svd"
+    )
 
 
 def _lora_aggregation(bench: Bench) -> LoraAggregation:

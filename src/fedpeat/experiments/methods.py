@@ -35,8 +35,9 @@ def _plain_average(config: Config) -> Config:
 
 
 def _undefended(config: Config) -> Config:
-    """Leave out the rule against poisoned updates, where no device has others beside it."""
-    return replace(config, federated=replace(config.federated, robust_rule="mean"))
+    """Leave out what is for devices that have others beside them, or somewhere to send to."""
+    alone = replace(config.federated, robust_rule="mean", update_codec="float32")
+    return replace(config, federated=alone)
 
 
 def _pooled(config: Config) -> Config:
