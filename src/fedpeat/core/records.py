@@ -154,7 +154,8 @@ class ParticipantResult:
 
     ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
     ``bytes_down`` that brought it what it lacked of that emulator. ``clip_ratio`` is what its
-    update was scaled by to stay within the round's bound; None where there is none.
+    update was scaled by to stay within the round's bound; None where there is none. ``epsilon`` is
+    what the device's examples have been promised so far; None where nothing is.
     """
 
     client_id: str
@@ -172,6 +173,7 @@ class ParticipantResult:
     rung: str = ""
     bytes_emulator: int = 0
     clip_ratio: float | None = None
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,10 @@ class RoundResult:
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
     ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
     before the round; empty where none was. ``simulated`` is what the round cost in a simulated
-    world, as in its plan. ``set_aside`` names all devices that take part no more.
+    world, as in its plan. ``set_aside`` names all devices that take part no more. ``privacy`` is
+    what was spent by the end of the round: the largest ``example_epsilon`` of a device, the
+    ``client_epsilon`` and the ``client_sample_rate`` that it counts with (1: chosen in a way that
+    hides nothing), and ``delta``; empty where nothing is hidden.
     """
 
     server_round: int
@@ -200,4 +205,5 @@ class RoundResult:
     refresh_bytes: Mapping[str, int] = field(default_factory=dict)
     simulated: Mapping[str, float] = field(default_factory=dict)
     set_aside: tuple[str, ...] = ()
+    privacy: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default_factory=tuple)

@@ -26,7 +26,7 @@ from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["Progress", "aligned_anew", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 6
+SCHEMA = 7
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -134,6 +134,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "last_losses": dict(progress.state.last_losses),
             "num_barren_rounds": progress.state.num_barren_rounds,
             "num_rejections": dict(progress.state.num_rejections),
+            "private_steps": {c: dict(n) for c, n in progress.state.private_steps.items()},
             "history": list(progress.history),
             "controller": dict(controller.state()),
             "emulators": {n: asdict(p.manifest) for n, p in bench.packages.items()},
@@ -175,6 +176,7 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
         saved["num_rejections"],
+        saved["private_steps"],
     )
     _restore_emulators(bench, saved["emulators"], part("parts/"))
     lasting = _lasting_parts(bench, state.adapter)
