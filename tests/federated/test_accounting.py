@@ -22,7 +22,7 @@ def renyi_by_hand(order: float, noise: float, rate: float) -> float:
         (1 - q) N(0, s^2) + q N(1, s^2).
     """
     if rate == 1:
-        return order / (2 * noise**2)
+        return float(order / (2 * noise**2))
     if order == int(order):
         terms = [
             math.log(math.comb(int(order), k))
@@ -38,7 +38,7 @@ def renyi_by_hand(order: float, noise: float, rate: float) -> float:
         return float(stats.norm.pdf(x, 0, noise)) * ratio**order
 
     found, _ = integrate.quad(integrand, -40 * noise, 40 * noise + order, limit=400, epsabs=0)
-    return math.log(float(found)) / (order - 1)
+    return float(math.log(found) / (order - 1))
 
 
 def epsilon_by_hand(
