@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from fedpeat.adapter.slices import Slice, slices_of
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import DataError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
@@ -26,6 +27,7 @@ from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.privacy import noise_of, privacy_of
 from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
@@ -81,6 +83,7 @@ class Bench:
         participants: Simulated devices by id; none where devices are on other machines.
         client_ids: Names of all devices.
         zero_shot: Quality of the untouched full model on the test split.
+        noise: What noise is drawn from.
     """
 
     config: Config
@@ -95,6 +98,7 @@ class Bench:
     participants: dict[str, Participant]
     client_ids: tuple[str, ...]
     zero_shot: Quality
+    noise: NoiseSource = field(default_factory=NoiseSource.fresh)
 
     @property
     def task(self) -> Task:
@@ -182,6 +186,7 @@ def set_up(
     Raises:
         FedPEATError: If model, data and settings do not fit each other.
     """
+    noise = noise_of(config, folder)
     observer.message(f"loading model {config.model.name}")
     loaded = load_full_model(config)
     blocks = find_blocks(loaded.model, cut=config.model.cut)
@@ -218,7 +223,10 @@ def set_up(
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
-    participants = {c: Participant(c, own, shelf) for c, own in data.clients.items()}
+    participants = {
+        c: Participant(c, own, shelf, noise=noise.child("device", c))
+        for c, own in data.clients.items()
+    }
     count = sum(d.num_tokens for d in data.clients.values())
     private = f"{count:,}" if participants else "their own"
     observer.message(
@@ -239,6 +247,7 @@ def set_up(
         participants,
         client_ids,
         zero_shot,
+        noise,
     )
 
 
@@ -358,6 +367,7 @@ def make_federation(
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         defence=_defence(config),
+        privacy=privacy_of(config, len(bench.client_ids), bench.noise),
         settings=settings,
         codec=update_codec(config),
         server_training=server_training if bench.data.server is not None else None,

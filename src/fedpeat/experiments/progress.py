@@ -139,6 +139,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "last_losses": dict(progress.state.last_losses),
             "num_barren_rounds": progress.state.num_barren_rounds,
             "num_rejections": dict(progress.state.num_rejections),
+            "private_steps": {c: dict(n) for c, n in progress.state.private_steps.items()},
             "history": list(progress.history),
             "controller": dict(controller.state()),
             "emulators": {n: asdict(p.manifest) for n, p in bench.packages.items()},
@@ -180,6 +181,7 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
         saved["num_rejections"],
+        saved["private_steps"],
     )
     _restore_emulators(bench, saved["emulators"], part("parts/"))
     lasting = _lasting_parts(bench, state.adapter)

@@ -108,6 +108,9 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
 def _check_same_run(folder: RunFolder, config: Config) -> None:
     """Refuse to resume with other settings; other rounds, threads and places are allowed."""
     free = {"name", "output_dir", "num_threads", "federated.num_rounds"}
+    targets = (config.privacy.example_target_epsilon, config.privacy.client_target_epsilon)
+    if targets != (None, None):  # the noise was found for so many rounds
+        free.remove("federated.num_rounds")
     changes = differences(load_config(folder.path / "config.yaml"), config)
     changed = [f"{name} ({a} -> {b})" for name, (a, b) in changes.items() if name not in free]
     if changed:

@@ -34,7 +34,7 @@ class Outcome:
 
     result: ParticipantResult
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    mean_loss: float = 0.0
+    mean_loss: float | None = 0.0
     start: Mapping[str, np.ndarray] = field(default_factory=dict)
     bytes_saved: int = 0
 
@@ -85,12 +85,18 @@ def admit(
         role=_role(client_id),
         status="accepted",
         num_examples=record["num_examples"],
-        first_loss=float(record["first_loss"]),
-        last_loss=float(record["last_loss"]),
+        first_loss=_loss(record, "first_loss"),
+        last_loss=_loss(record, "last_loss"),
         num_tokens=record["num_tokens"],
         seconds=float(record["seconds"]),
     )
-    return Outcome(result, payload.arrays, float(record["mean_loss"]), current)
+    return Outcome(result, payload.arrays, _loss(record, "mean_loss"), current)
+
+
+def _loss(record: Mapping[str, Any], key: str) -> float | None:
+    """Return a loss; None where examples are hidden, so that none was told."""
+    loss = record.get(key)
+    return None if loss is None else float(loss)
 
 
 def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:

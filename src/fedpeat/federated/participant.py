@@ -9,6 +9,7 @@ Kinds of messages:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -17,6 +18,7 @@ import numpy as np
 
 from fedpeat.adapter.lora import Part, part_of
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
@@ -93,12 +95,29 @@ class Participant:
     """A device: its own data, and the emulators that it holds.
 
     What it holds it knows by hash; the shelf, which simulated devices share, has the tensors.
+
+    Args:
+        client_id: Its name.
+        data: Its examples.
+        shelf: Where emulators are.
+        noise: What its examples are hidden with; one that nobody else has if not given.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
     """
 
-    def __init__(self, client_id: str, data: Examples, shelf: EmulatorShelf) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        data: Examples,
+        shelf: EmulatorShelf,
+        *,
+        noise: NoiseSource | None = None,
+        least_noise: float = 0.0,
+    ) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
+        self._noise = noise or NoiseSource.fresh()
+        self._least_noise = least_noise
         self._held: set[str] = set()
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
@@ -193,6 +212,11 @@ class Participant:
         task = _read_task(payload.record)
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
+        if not task.settings.noise_multiplier >= self._least_noise:  # NaN compares as false
+            raise AdapterError(
+                f"{self.client_id} tunes with privacy.example_noise_multiplier of at least "
+                f"{self._least_noise:g}, got {task.settings.noise_multiplier}"
+            )
         tunable = self._shelf.get(task.emulator)
         adapter = self._whole(payload.arrays, task.left_out)
         tunable.load(adapter, rank=task.rank)
@@ -206,6 +230,7 @@ class Participant:
                 num_steps=task.num_steps,
                 first_step=task.first_step,
                 seed=task.seed,
+                noise=self._noise_of(task, adapter),
             )
             update = part.state()
         arrays = self._encoder.encode(
@@ -224,6 +249,14 @@ class Participant:
             "seconds": fixed_width(stats.seconds),
         }
         return Payload(arrays, record)
+
+    def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
+        """Return the noise of a task: another one whenever anything else is asked.
+
+        Two updates with the same noise, from other adapters say, would differ by what it hides.
+        """
+        asked = {**asdict(task), "left_out": digest(adapter)}
+        return self._noise.child("train", json.dumps(asked, sort_keys=True))
 
     def _whole(self, arrays: Mapping[str, np.ndarray], left_out: str) -> dict[str, np.ndarray]:
         """Return the adapter with the part that the server left out, since it is kept here."""
