@@ -51,8 +51,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     Args:
         server: Where the server is, "HOST:PORT".
         keys: Folder with the device's keys, as ``fedpeat keys`` makes it.
-        config: Settings, of which ``data`` says what the device has, and ``model.device`` and
-            ``model.dtype`` how it computes.
+        config: Settings, of which ``data`` says what the device has, ``model.device`` and
+            ``model.dtype`` how it computes, and ``privacy.example_noise_multiplier`` with how
+            little noise it tunes.
         folder: Where emulators and logs are kept, for the next time too.
         say: Is told what happens.
 
@@ -70,7 +71,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     place = resolve_device(config.model.device)
     shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
     cache = PartCache(folder / "parts", server, own.ca)
-    device = Device(own.name, cache, shelf, _reader(config, own.name), say)
+    least_noise = config.privacy.example_noise_multiplier
+    read = _reader(config, own.name)
+    device = Device(own.name, cache, shelf, read, say, least_noise=least_noise)
     path = (folder / "worker.socket").absolute()
     worker = threading.Thread(target=serve_device, args=(path, device, say), daemon=True)
     worker.start()
