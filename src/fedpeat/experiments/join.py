@@ -32,6 +32,7 @@ from fedpeat.federated.flower.processes import (
     environment,
     tool,
 )
+from fedpeat.federated.flower.recall import Recalling
 from fedpeat.federated.flower.socket_link import SOCKET_KEY
 from fedpeat.federated.flower.worker import Device, serve_device
 from fedpeat.federated.shelf import EmulatorShelf
@@ -75,7 +76,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     read = _reader(config, own.name)
     device = Device(own.name, cache, shelf, read, say, least_noise=least_noise)
     path = (folder / "worker.socket").absolute()
-    worker = threading.Thread(target=serve_device, args=(path, device, say), daemon=True)
+    recalling = Recalling(device, folder, say)
+    recalling.recall()
+    worker = threading.Thread(target=serve_device, args=(path, recalling, say), daemon=True)
     worker.start()
     end_on_sigterm()
     supervisor = Supervisor(_programs(server, own, folder.absolute(), path), say)
