@@ -431,6 +431,25 @@ class FederatedConfig:
     trimmed_mean (entry by entry) or multi_krum (the mean of those nearest to each other)."""
     assumed_attackers_ratio: float = 0.2
     """Share of a round's devices that robust_rule assumes hostile, in [0, 0.5)."""
+    secure_aggregation: bool = False
+    """Devices mask their updates (SecAgg+), so that the server sees the sum of them alone, and
+    neither examples, tokens nor losses of any; needs cryptography and pycryptodome, which the extra
+    "flower" brings."""
+    secure_threshold_ratio: float = 0.6
+    """Share of a device's neighbours, above 0.5, whose help opens the sum: a round survives the
+    loss of the others, and holds against as many colluding devices as the share is above a half,
+    twice."""
+    secure_min_devices: int = 3
+    """Fewest devices in a sum; a device of a fleet refuses a round with fewer than its own setting
+    says."""
+    secure_neighbours: int | None = None
+    """Devices with which each shares masks and keys, an even number; as many as is safe (all but in
+    cohorts of hundreds) if not given. Fewer than all is for a server that follows the protocol."""
+    secure_clip_range: float = 1.0
+    """Changes of single values of the adapter beyond this are clipped on the device."""
+    secure_bits: int = 24
+    """Bits to which changes are rounded, in [8, 32]: the average is off by at most
+    secure_clip_range / 2^secure_bits."""
     lora_aggregation: LoraAggregation = "average"
     """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
     (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
@@ -499,6 +518,37 @@ class FederatedConfig:
         _require_positive("federated.server_tau", self.server_tau)
         self._check_defence()
         self._check_lora()
+        self._check_secure()
+
+    def _check_secure(self) -> None:
+        ratio, least = self.secure_threshold_ratio, self.secure_min_devices
+        near, bits = self.secure_neighbours, self.secure_bits
+        _require(0.5 < ratio <= 1, "federated.secure_threshold_ratio", "in (0.5, 1]", ratio)
+        _require(least >= 2, "federated.secure_min_devices", "at least 2", least)
+        _require(
+            near is None or (near >= 2 and near % 2 == 0),
+            "federated.secure_neighbours",
+            "an even number, at least 2",
+            near,
+        )
+        _require_positive("federated.secure_clip_range", self.secure_clip_range)
+        _require(8 <= bits <= 32, "federated.secure_bits", "in [8, 32]", bits)
+        if not self.secure_aggregation:
+            return
+        sees_each = "with federated.secure_aggregation, which shows no single update"
+        for name, plain in (
+            ("robust_rule", "mean"),
+            ("clip_to_median", False),
+            ("max_update_norm", None),
+        ):
+            got = getattr(self, name)
+            _require(got == plain, f"federated.{name}", f"{plain} {sees_each}", got)
+        _require(
+            self.lora_aggregation != "svd",
+            "federated.lora_aggregation",
+            f"average, ffa or rolora {sees_each}",
+            self.lora_aggregation,
+        )
 
     def _check_defence(self) -> None:
         _require_choice("federated.robust_rule", RobustRule, self.robust_rule)
@@ -757,6 +807,29 @@ class Config:
         self._check_ladder()
         self._check_narrow()
         self._check_controller()
+        self._check_secure()
+
+    def _check_secure(self) -> None:
+        """Check that all devices' updates can be added as they are."""
+        if not self.federated.secure_aggregation:
+            return
+        where = "with federated.secure_aggregation"
+        preset, rungs = self.world.preset, self.emulator.lower_rungs
+        _require(
+            preset is None, "world.preset", f"none {where}, which hides example counts", preset
+        )
+        _require(
+            not rungs or self.adapter.placement != "all",
+            "emulator.lower_rungs",
+            f"empty {where} and adapter.placement all, where rungs tune other blocks",
+            rungs,
+        )
+        _require(
+            not rungs or self.federated.client_weighting == "examples",
+            "federated.client_weighting",
+            f"examples {where} and emulator.lower_rungs, since devices weigh themselves",
+            self.federated.client_weighting,
+        )
 
     def _check_controller(self) -> None:
         kind = self.controller.kind

@@ -26,6 +26,11 @@ from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.security import (
+    check_secure_cohort,
+    secure_aggregator,
+    simulated_sides,
+)
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
@@ -54,11 +59,13 @@ class Fleet:
         transport: How they are reached.
         offer: Puts parts of emulators where they can fetch them.
         client_ids: Names of those that have a key.
+        authority: Certificate of who vouches for their keys, PEM.
     """
 
     transport: Transport
     offer: Offer
     client_ids: tuple[str, ...]
+    authority: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Bench:
         participants: Simulated devices by id; none where devices are on other machines.
         client_ids: Names of all devices.
         zero_shot: Quality of the untouched full model on the test split.
+        authority: Certificate of who vouches for devices' keys, PEM; empty where nobody asks.
     """
 
     config: Config
@@ -93,6 +101,7 @@ class Bench:
     participants: dict[str, Participant]
     client_ids: tuple[str, ...]
     zero_shot: Quality
+    authority: bytes = b""
 
     @property
     def task(self) -> Task:
@@ -199,6 +208,8 @@ def set_up(
         )
     if data.clients:
         _defence(config).check_cohort(_largest_cohort(config, len(data.clients)))
+    if client_ids:
+        check_secure_cohort(config, _largest_cohort(config, len(client_ids)))
     zero_shot = evaluate(loaded.model, data.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,
@@ -216,7 +227,8 @@ def set_up(
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
-    participants = {c: Participant(c, own, shelf) for c, own in data.clients.items()}
+    sides, authority = simulated_sides(config, data.clients)
+    participants = {c: Participant(c, own, shelf, sides.get(c)) for c, own in data.clients.items()}
     count = sum(d.num_tokens for d in data.clients.values())
     private = f"{count:,}" if participants else "their own"
     observer.message(
@@ -237,6 +249,7 @@ def set_up(
         participants,
         client_ids,
         zero_shot,
+        authority if fleet is None else fleet.authority,
     )
 
 
@@ -279,7 +292,7 @@ def _defence(config: Config) -> Defence:
     return Defence(
         fed.robust_rule,
         fed.assumed_attackers_ratio,
-        fed.clip_norm,
+        None if fed.secure_aggregation else fed.clip_norm,  # else devices clip themselves
         clip_to_median=fed.clip_to_median,
         max_rejections=fed.max_rejections,
     )
@@ -354,6 +367,7 @@ def make_federation(
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         defence=_defence(config),
+        secure=secure_aggregator(config, bench.authority),
         settings=settings,
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,

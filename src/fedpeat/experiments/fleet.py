@@ -34,7 +34,12 @@ def run_on(transport: Transport) -> None:
     waiting = Patient(transport, names, wanted, config.federated.min_clients)
     outcome = {"exit_code": 0, "error": ""}
     try:
-        run(config, resume=True, observer=Silent(), fleet=Fleet(waiting, depot.offer, names))
+        run(
+            config,
+            resume=True,
+            observer=Silent(),
+            fleet=Fleet(waiting, depot.offer, names, fleet.ca.read_bytes()),
+        )
     except FedPEATError as error:
         outcome = {"exit_code": error.exit_code, "error": str(error)}
     except Exception as error:  # noqa: BLE001 - the supervisor is told, and tries again

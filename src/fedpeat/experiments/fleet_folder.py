@@ -3,6 +3,7 @@
 runs/NAME-fleet/
   config.yaml      the run's settings
   devices.json     the names of the devices that have a key
+  ca.crt           the certificate of the authority that vouches for them
   ports.json       where the SuperLink listens on this machine
   *.secret         random secrets, readable by this user only
   state.db         the SuperLink's own state; it survives a restart
@@ -79,6 +80,10 @@ class FleetFolder:
     @property
     def devices(self) -> Path:
         return self.path / "devices.json"
+
+    @property
+    def ca(self) -> Path:
+        return self.path / "ca.crt"
 
     @property
     def state(self) -> Path:

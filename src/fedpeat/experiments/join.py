@@ -20,6 +20,7 @@ from fedpeat.data.examples import Examples
 from fedpeat.data.files import expand_home, find_files, looks_like_path
 from fedpeat.data.image_files import is_archive
 from fedpeat.experiments.fleet_folder import free_port, secret_file
+from fedpeat.experiments.security import own_side
 from fedpeat.experiments.tasks import TASKS
 from fedpeat.federated.flower.cache import PartCache
 from fedpeat.federated.flower.keys import DeviceKeys, device_keys
@@ -50,8 +51,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     Args:
         server: Where the server is, "HOST:PORT".
         keys: Folder with the device's keys, as ``fedpeat keys`` makes it.
-        config: Settings, of which ``data`` says what the device has, and ``model.device`` and
-            ``model.dtype`` how it computes.
+        config: Settings, of which ``data`` says what the device has, ``model.device`` and
+            ``model.dtype`` how it computes, and ``federated.secure_*`` whether it masks its
+            updates, and among how many.
         folder: Where emulators and logs are kept, for the next time too.
         say: Is told what happens.
 
@@ -71,7 +73,8 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     place = resolve_device(config.model.device)
     shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
     cache = PartCache(folder / "parts", server, own.ca)
-    device = Device(own.name, cache, shelf, _reader(config, own.name), say)
+    side = own_side(config, own.name, own.ca, own.key, own.certificate)
+    device = Device(own.name, cache, shelf, _reader(config, own.name), say, side)
     path = (folder / "worker.socket").absolute()
     threading.Thread(target=serve_device, args=(path, device, say), daemon=True).start()
     end_on_sigterm()

@@ -117,6 +117,7 @@ def _prepare(
         fleet.outcome.unlink(missing_ok=True)
     settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
     write_atomically(fleet.config, config_to_yaml(settings))
+    write_atomically(fleet.ca, keys.ca.read_text())
     write_atomically(fleet.devices, json.dumps(sorted(keys.devices)))
     fleet.write_app()
     link = f'[superlink.{_LINK}]\naddress = "127.0.0.1:{fleet.superlink_port()}"\n'

@@ -20,12 +20,17 @@ from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
+from fedpeat.federated.secagg.seam import SecureSide
+from fedpeat.federated.secagg.terms import SECURE_KEY, work_digest
 from fedpeat.federated.shelf import EmulatorShelf
 from fedpeat.tuning.local import LocalSettings, train
 
 __all__ = ["Participant", "fixed_width", "train_message"]
 
 _MAX_SECONDS = 99_999.0  # more than a day
+_NOT_SECURE = (
+    "the run has federated.secure_aggregation, this device has not; both sides must set it"
+)
 
 
 def train_message(
@@ -40,6 +45,7 @@ def train_message(
     tuned: Part = "all",
     left_out: str = "",
     rank: int | None = None,
+    secure: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return the message that asks a device to tune the round's adapter.
 
@@ -54,11 +60,13 @@ def train_message(
         tuned: Part to tune and to send back; the rest stays frozen.
         left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
         rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
+        secure: What secure aggregation has to say; None without it.
     """
     task = _Task(
         server_round, emulator, num_steps, first_step, settings, seed, tuned, left_out, rank
     )
-    return encode(Payload(adapter, asdict(task)))
+    record = asdict(task) if secure is None else {**asdict(task), SECURE_KEY: secure}
+    return encode(Payload(adapter, record))
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,26 @@ class Participant:
     """A device: its own data, and the emulators that it holds.
 
     What it holds it knows by hash; the shelf, which simulated devices share, has the tensors.
+
+    Args:
+        client_id: Its name.
+        data: Its own data.
+        shelf: Emulators in memory.
+        secure: Its side of secure aggregation; it then takes part in no other way, and says of
+            itself neither examples nor tokens nor losses.
     """
 
-    def __init__(self, client_id: str, data: Examples, shelf: EmulatorShelf) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        data: Examples,
+        shelf: EmulatorShelf,
+        secure: SecureSide | None = None,
+    ) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
+        self._secure = secure
         self._held: set[str] = set()
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
@@ -94,6 +116,7 @@ class Participant:
             "hello": self._hello,
             "hold": self.hold,
             "train": self._train,
+            **(secure.kinds if secure is not None else {}),
         }
 
     @property
@@ -129,18 +152,23 @@ class Participant:
             EmulatorError: If it needs an emulator that is damaged or not held.
             AdapterError: If its adapter does not fit the emulator, or lacks what is not kept here.
         """
+        if kind.startswith("secagg_") and self._secure is None:
+            raise WireError(_NOT_SECURE)
         if kind not in self._kinds:
             raise WireError(f"message kind must be one of {', '.join(self._kinds)}, got {kind!r}")
         return encode(self._kinds[kind](decode(content)))
 
     def _hello(self, payload: Payload) -> Payload:
-        record = {
+        record: dict[str, Any] = {
             "client_id": self.client_id,
-            "num_examples": self._data.num_examples,
-            "num_tokens": self._data.num_tokens,
             "held": self.held,
             "emulator_parts": self.parts,
         }
+        if self._secure is not None:
+            record["secure"] = True
+        else:
+            record["num_examples"] = self._data.num_examples
+            record["num_tokens"] = self._data.num_tokens
         asked = payload.record.get("parts", [])
         if not isinstance(asked, list):
             raise WireError(f"parts must be a list of hashes, got {asked!r}")
@@ -161,11 +189,14 @@ class Participant:
         return Payload(record={"held": manifest.sha256})
 
     def _train(self, payload: Payload) -> Payload:
-        task = _read_task(payload.record)
+        record = dict(payload.record)
+        secure = record.pop(SECURE_KEY, None)
+        task = _read_task(record)
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
         tunable = self._shelf.get(task.emulator)
         adapter = self._whole(payload.arrays, task.left_out)
+        self._agree(secure, adapter, task)
         tunable.load(adapter, rank=task.rank)
         tuned = part_of(adapter, task.tuned)
         self._keep({name: array for name, array in adapter.items() if name not in tuned})
@@ -179,14 +210,30 @@ class Participant:
                 seed=task.seed,
             )
             update = part.state()
-        record = {
+        told = {
             "server_round": task.server_round,
             "emulator": task.emulator,
-            "num_examples": self._data.num_examples,
-            **asdict(stats),
             "seconds": fixed_width(stats.seconds),
         }
+        if self._secure is not None:
+            masked = self._secure.masked(
+                tuned, update, self._data.num_examples, stats.num_tokens, stats.mean_loss
+            )
+            return Payload(masked.arrays, {**masked.record, **told})
+        record = {"num_examples": self._data.num_examples, **asdict(stats), **told}
         return Payload(update, record)
+
+    def _agree(self, secure: object, adapter: Mapping[str, np.ndarray], task: _Task) -> None:
+        """Check that a task is what this device and its neighbours agreed on.
+
+        Raises:
+            WireError: If it is not.
+        """
+        if self._secure is not None:
+            work = work_digest(asdict(task.settings), task.tuned)
+            self._secure.begin(secure, adapter, task.server_round, task.emulator, work)
+        elif secure is not None:
+            raise WireError(_NOT_SECURE)
 
     def _whole(self, arrays: Mapping[str, np.ndarray], left_out: str) -> dict[str, np.ndarray]:
         """Return the adapter with the part that the server left out, since it is kept here."""

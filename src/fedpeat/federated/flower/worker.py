@@ -21,6 +21,7 @@ from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
+from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.shelf import EmulatorShelf
 
 __all__ = ["Device", "serve_device"]
@@ -40,6 +41,7 @@ class Device:
         shelf: Emulators in its memory.
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
+        secure: Its side of secure aggregation; None if its updates go in clear.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        secure: SecureSide | None = None,
     ) -> None:
         self._name = name
         self._cache = cache
         self._shelf = shelf
         self._read_data = read_data
         self._say = say
+        self._secure = secure
         self._participant: Participant | None = None
         self._welcome = ""
 
@@ -105,7 +109,7 @@ class Device:
         payload = decode(content)
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
-        self._participant = Participant(self._name, data, self._shelf)
+        self._participant = Participant(self._name, data, self._shelf, self._secure)
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
         return encode(Payload(record={"welcome": self._welcome}))
