@@ -127,6 +127,16 @@ ODD = {
 FOR_LORA_ALONE = {
     "federated": {"lora_aggregation": "svd", "client_ranks": [4, 2], "clip_to_median": True}
 }
+IN_SECRET = {
+    "federated": {
+        "secure_aggregation": True,
+        "secure_threshold_ratio": 0.75,
+        "secure_min_devices": 4,
+        "secure_neighbours": 8,
+        "secure_clip_range": 0.5,
+        "secure_bits": 20,
+    }
+}
 IN_A_WORLD = {
     "world": {
         "preset": "iot",
@@ -193,7 +203,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
     odd, default = (
-        leaves(ODD) | leaves(FOR_LORA_ALONE) | leaves(IN_A_WORLD),
+        leaves(ODD) | leaves(FOR_LORA_ALONE) | leaves(IN_SECRET) | leaves(IN_A_WORLD),
         leaves(config_to_dict(Config())),
     )
     assert sorted(odd) == sorted(default) == sorted(setting_types())
@@ -202,8 +212,8 @@ def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), *map(config_from_dict, (ODD, FOR_LORA_ALONE, IN_A_WORLD))],
-    ids=["default", "odd", "for LoRA alone", "in a world"],
+    [Config(), *map(config_from_dict, (ODD, FOR_LORA_ALONE, IN_SECRET, IN_A_WORLD))],
+    ids=["default", "odd", "for LoRA alone", "in secret", "in a world"],
 )
 def test_settings_written_as_yaml_are_read_back_equal(config: Config, file: Path) -> None:
     assert read(file, config_to_yaml(config)) == config

@@ -16,6 +16,7 @@ from fedpeat.core.errors import AggregationError
 __all__ = ["enough_neighbours", "neighbourhoods", "threshold"]
 
 _ROUNDING = 1e-9  # 0.6 of 5 is 3, not a little more
+_LARGE = 100  # below, everybody costs little, and no server can choose whom a device hides among
 _CORRUPT_RATIO = 0.2
 _DROPOUT_RATIO = 0.2
 _SECURITY_BITS = 40
@@ -58,7 +59,7 @@ def neighbourhoods(
 
 
 def enough_neighbours(cohort_size: int, ratio: float) -> int:
-    """Return the least even number of neighbours with which a cohort is safe; all if none is.
+    """Return the least even number of neighbours with which a large cohort is safe; else all.
 
     With a fifth of the cohort corrupt and another fifth dropping out: the chance that anybody has
     as many corrupt neighbours as open a secret, or that the honest who are left fall apart, is at
@@ -73,7 +74,7 @@ def enough_neighbours(cohort_size: int, ratio: float) -> int:
     """
     others = cohort_size - 1
     corrupt, left = round(_CORRUPT_RATIO * others), others - round(_DROPOUT_RATIO * others)
-    for k in range(2, others, 2):
+    for k in range(2, others, 2) if cohort_size > _LARGE else ():
         needed = threshold(ratio, k + 1)
         opened = _at_least(needed, others, corrupt, k)
         apart = (_CORRUPT_RATIO + _DROPOUT_RATIO) ** k
