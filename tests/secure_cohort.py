@@ -157,7 +157,9 @@ class Cohort:
         members = [self.wire.members[name] for name in names]
         examples = sum(m.num_examples for m in members)
         return {
-            name: sum(m.num_examples * m.update[name].astype(np.float64) for m in members)
+            name: np.sum(
+                [m.num_examples * m.update[name].astype(np.float64) for m in members], axis=0
+            )
             / examples
             for name in self.begun
         }

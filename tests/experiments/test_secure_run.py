@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedpeat.config.loading import override
+from fedpeat.core.errors import ConfigError
+from fedpeat.experiments import security
 from fedpeat.experiments.run import run
 from outcomes import assert_resumes, config_of, folder_of, lines_of
 
@@ -20,10 +22,22 @@ def adapter_of(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+ON_A_LADDER: dict[str, Any] = {
+    "emulator": {"lower_rungs": [0.25]},
+    "federated": {
+        "client_rungs": [0.5, 0.25],
+        "client_weighting": "examples",
+        "lora_aggregation": "rolora",
+        "clip_norm": 0.05,  # on the device, with masks
+    },
+}
+
+
+@pytest.mark.parametrize("changes", [{}, ON_A_LADDER], ids=["plain", "on a ladder"])
 def test_a_run_with_masked_updates_ends_where_a_plain_one_does(
-    model_dir: Path, corpus_file: Path, tmp_path: Path
+    changes: dict[str, Any], model_dir: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
-    plain = config_of(model_dir, corpus_file, tmp_path, {"name": "plain"})
+    plain = config_of(model_dir, corpus_file, tmp_path, {**changes, "name": "plain"})
     secure = override(plain, {**SECURE, "name": "secure"})
     run(plain)
     run(secure)
@@ -45,3 +59,27 @@ def test_a_resumed_run_with_masked_updates_is_bit_identical(
 ) -> None:
     changes = {"federated": {**SECURE["federated"], "dropout_ratio": 0.2, "num_rounds": 3}}
     assert_resumes(config_of(model_dir, corpus_file, tmp_path, changes), interrupted_after=1)
+    statuses = {
+        p["status"]
+        for line in lines_of(tmp_path / "tiny")
+        for p in line["participants"]
+        if p["role"] == "device"
+    }
+    assert statuses == {"accepted", "dropped"}
+
+
+def test_a_run_with_too_few_devices_to_hide_among_does_not_begin(
+    model_dir: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    changes = {"federated": {**SECURE["federated"], "fraction_train": 0.5}}
+    with pytest.raises(ConfigError, match="at least federated.secure_min_devices = 3 .* got 2"):
+        run(config_of(model_dir, corpus_file, tmp_path, changes))
+
+
+def test_without_its_libraries_the_extra_is_named(
+    model_dir: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(model_dir, corpus_file, tmp_path, SECURE)
+    monkeypatch.setattr(security, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "fedpeat\[flower\]"'):
+        security.simulated_sides(config, ["a", "b", "c"])

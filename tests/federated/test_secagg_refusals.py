@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,32 @@ from fedpeat.federated.secagg.terms import SECURE_KEY, Terms, read_terms
 from secure_cohort import STEPS, Change, Cohort, cohort, identities, lost
 
 
-def saying(**changes: Any) -> Change:
+def saying(**changes: Any) -> Callable[[Payload], Payload]:
     """Change entries of a record."""
     return lambda payload: Payload(payload.arrays, {**payload.record, **changes})
 
 
-def within(key: str, name: str, **changes: Any) -> Change:
-    """Change entries of what a record says of a device."""
+def keeping(kept: list[Payload]) -> Callable[[Payload], Payload]:
+    """Keep a message, and change nothing."""
+
+    def keep(payload: Payload) -> Payload:
+        kept.append(payload)
+        return payload
+
+    return keep
+
+
+def within(key: str, **changes: Any) -> Callable[[Payload], Payload]:
+    """Change entries of a mapping in a record."""
+    return lambda payload: saying(**{key: {**payload.record[key], **changes}})(payload)
+
+
+def neighbour(name: str, **changes: Any) -> Callable[[Payload], Payload]:
+    """Change entries of the keys of a neighbour."""
 
     def change(payload: Payload) -> Payload:
-        inner = payload.record[key]
-        return saying(**{key: {**inner, name: {**inner[name], **changes}}})(payload)
+        keys = payload.record["neighbours"][name]
+        return within("neighbours", **{name: {**keys, **changes}})(payload)
 
     return change
 
@@ -50,7 +65,7 @@ def refusal(group: Cohort, step: str, name: str = "d00") -> str:
 def test_a_device_refuses_a_key_that_its_neighbour_did_not_sign(key: str) -> None:
     group = cohort(4)
     _, servers_own = crypto.key_pair(crypto.new_seed())
-    change = within("neighbours", "d01", **{key: servers_own.hex()})
+    change = neighbour("d01", **{key: servers_own.hex()})
     group.wire.asked["secagg_shares", "d00"] = change
     assert refusal(group, "secagg_shares") == "'d01' did not sign this"
 
@@ -59,7 +74,7 @@ def test_a_device_refuses_a_neighbour_whom_nobody_vouches_for() -> None:
     strangers, _ = simulated(["d01"])
     pem = strangers["d01"].certificate.decode()
     group = cohort(4)
-    group.wire.asked["secagg_shares", "d00"] = within("neighbours", "d01", certificate=pem)
+    group.wire.asked["secagg_shares", "d00"] = neighbour("d01", certificate=pem)
     assert refusal(group, "secagg_shares") == "a certificate is not of this fleet's authority"
 
 
@@ -215,7 +230,7 @@ def test_a_device_trains_no_adapter_but_the_one_agreed_on() -> None:
 def test_a_device_masks_one_update_in_a_session() -> None:
     group = cohort(4)
     tasks: list[Payload] = []
-    group.wire.asked["train", "d00"] = lambda p: tasks.append(p) or p  # type: ignore[func-returns-value]
+    group.wire.asked["train", "d00"] = keeping(tasks)
     group.wire.answered["secagg_survivors", "d00"] = lost  # the session stays open
     group.aggregate()
     record = tasks[0].record
@@ -267,6 +282,18 @@ def test_a_device_refuses_shares_that_were_sealed_for_another() -> None:
     group.wire.answered["secagg_shares", "d02"] = kept
     group.wire.asked["train", "d00"] = swapped
     assert refusal(group, "train") == "the shares of 'd02' are not what it sealed"
+
+
+def test_a_device_trains_only_with_enough_others_to_hide_among() -> None:
+    group = cohort(4)
+
+    def fewer(payload: Payload) -> Payload:
+        part = payload.record[SECURE_KEY]
+        shares = {"d01": part["shares"]["d01"]}
+        return saying(**{SECURE_KEY: {**part, "shares": shares}})(payload)
+
+    group.wire.asked["train", "d00"] = fewer
+    assert refusal(group, "train") == "shares of 1 other devices are too few, 2 wanted"
 
 
 # --- opening ------------------------------------------------------------------------------------
@@ -359,6 +386,15 @@ def test_a_device_signs_no_list_that_cannot_be(listed: object, why: str) -> None
     assert why in refusal(group, "secagg_survivors")
 
 
+def test_a_device_signs_no_list_with_a_neighbour_that_shared_no_secret() -> None:
+    group = cohort(5)
+    group.wire.answered["secagg_shares", "d04"] = lost
+    everybody = sorted(group.wire.members)
+    group.wire.asked["secagg_survivors", "d00"] = saying(survivors=everybody)
+    text = refusal(group, "secagg_survivors")
+    assert text == "a device cannot have survived that shared no secret"
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_server_never_has_both_shares_of_a_device(seed: int) -> None:
     group = cohort(6, seed=seed)
@@ -378,7 +414,7 @@ def test_the_server_never_has_both_shares_of_a_device(seed: int) -> None:
 def test_the_last_rounds_message_is_refused(kind: str) -> None:
     group = cohort(4)
     old: list[Payload] = []
-    group.wire.asked[kind, "d00"] = lambda p: old.append(p) or p  # type: ignore[func-returns-value]
+    group.wire.asked[kind, "d00"] = keeping(old)
     group.aggregate()
     group.wire.asked[kind, "d00"] = lambda _: old[0]
     text = refusal(group, kind)
@@ -400,6 +436,11 @@ BAD_ANSWERS: list[tuple[str, Change, str]] = [
     ("secagg_keys", saying(keys=None), "keys of a round must be a mapping"),
     ("secagg_keys", saying(keys={}), "with a certificate"),
     ("secagg_keys", saying(session="old"), "session must be"),
+    ("secagg_keys", within("keys", signature="00" * 64), "'d01' did not sign this"),
+    ("secagg_keys", within("keys", signature="00"), "the signature of 'd01' must have 64 bytes"),
+    ("secagg_keys", within("keys", mask_key="00" * 31), "must have 32 bytes, got 31"),
+    ("secagg_keys", within("keys", certificate="no"), "not of this fleet's authority"),
+    ("secagg_keys", within("keys", certificate="no" * 9999), "come with a certificate"),
     ("secagg_shares", saying(shares={}), "shares must be for all neighbours"),
     ("secagg_shares", saying(shares=dict.fromkeys(("d00", "d02", "d03"), "ab")), "must have 60 b"),
     ("secagg_shares", saying(shares=dict.fromkeys(("d00", "d02", "d03"), 5)), "hexadecimal text"),
@@ -439,6 +480,7 @@ def test_a_device_with_a_bad_answer_is_rejected_and_the_others_are_summed(
         saying(own_shares=dict.fromkeys(("d00", "d01", "d02", "d03"), "ab")),
         saying(key_shares={"d02": "00" * 16}),
         saying(session="old"),
+        lost,
     ],
 )
 def test_bad_shares_are_left_out_where_there_are_enough_others(change: Change) -> None:
@@ -447,7 +489,16 @@ def test_bad_shares_are_left_out_where_there_are_enough_others(change: Change) -
     sums, _, shortage = group.aggregate()
     assert (sums is not None, shortage) == (True, "")
     assert group.last is not None
-    assert group.last.refused["d01"].result.status == "rejected"
+    assert group.last.refused["d01"].result.status in {"rejected", "failed", "dropped"}
+
+
+def test_a_wrong_signature_under_the_survivors_is_not_passed_on() -> None:
+    group = cohort(4)
+    group.wire.answered["secagg_survivors", "d01"] = saying(signature="00" * 64)
+    sums, _, shortage = group.aggregate()
+    assert (sums is not None, shortage) == (True, "")
+    assert group.last is not None
+    assert group.last.refused["d01"].result.reason == "'d01' did not sign this"
 
 
 def test_a_wrong_share_gives_no_wrong_sum_but_none() -> None:

@@ -142,12 +142,31 @@ def test_the_largest_changes_of_a_full_cohort_do_not_wrap_around() -> None:
         )
         for _ in range(4)
     ]
-    total = np.sum(vectors, axis=0, dtype=np.uint64)
+    total = np.sum(np.stack(vectors), axis=0, dtype=np.uint64)
+    assert isinstance(total, np.ndarray)
     sums = read_sums(quantiser, total, begun, 4)
     assert sums.mean["a"] == pytest.approx([0.5])  # clipped to the range
     assert sums.num_clipped == 4
     assert sums.num_examples == 4000
     assert sums.mean_loss > 1000
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "why"),
+    [
+        (0, 2**23 * 30 + 1, "the devices' sum is out of range in 1 of 2 values"),
+        (1, -(2**23) * 30 - 1, "the devices' sum is out of range in 1 of 2 values"),
+        (2, 1, "the sum of 2 devices' examples must be in [2, 200], got 1"),
+        (2, 201, "the sum of 2 devices' examples must be in [2, 200], got 201"),
+        (3, -1, "the devices' sum is out of range in 0 of 2 values"),
+    ],
+)
+def test_a_sum_that_no_devices_can_have_is_refused(place: int, value: int, why: str) -> None:
+    quantiser, total = Quantiser(1.0, 24, 100, 3), np.array([0, 0, 30, 0, 0, 0], np.int64)
+    total[place] = value
+    with pytest.raises(WireError) as caught:
+        read_sums(quantiser, total.view(np.uint64), {"a": np.zeros(2)}, 2)
+    assert str(caught.value) == why
 
 
 def test_a_device_scales_its_change_to_the_norm_it_may_have() -> None:

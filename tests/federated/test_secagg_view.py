@@ -159,7 +159,7 @@ def flowers_mean(group: Cohort, names: list[str]) -> dict[str, np.ndarray]:
     whole = [
         array + (len(names) - 1) * -1.0 for array in dequantize(sums, 1.0, target)
     ]  # each device added the shift
-    ratio = int(factor_sum[0] if np.ndim(factor_sum) else factor_sum) / target
+    ratio = int(factor_sum) / target
     return {
         name: group.begun[name] + array / ratio for name, array in zip(order, whole, strict=True)
     }

@@ -302,8 +302,8 @@ class SecureDevice:
         for other in session.shares:
             secret = crypto.agreed(session.mask_private, session.neighbours[other].mask_key)
             key = crypto.pair_mask_key(secret, session_id, self.name, other)
-            pair = crypto.mask(key, size, ring)
-            vector = vector + pair if self.name < other else vector - pair
+            combine = np.add if self.name < other else np.subtract
+            combine(vector, crypto.mask(key, size, ring), out=vector)
         session.step = "masked"
         return Payload({"masked": ring.packed(vector)}, {"session": session_id})
 

@@ -256,8 +256,8 @@ class SecureRound:
             for other in left:
                 secret = crypto.agreed(private, self._keys[other].mask_key)
                 key = crypto.pair_mask_key(secret, session, gone, other)
-                pair = crypto.mask(key, size, ring)
-                masks = masks + pair if other < gone else masks - pair
+                combine = np.add if other < gone else np.subtract
+                combine(masks, crypto.mask(key, size, ring), out=masks)
         return masks
 
     def _collect_shares(self, arrived: frozenset[str]) -> dict[str, dict[str, dict[str, bytes]]]:
