@@ -25,7 +25,7 @@ from fakes import (
 )
 from fedpeat.adapter.lora import part_of
 from fedpeat.core.errors import AggregationError, WireError
-from fedpeat.core.records import ClientPlan, RoundPlan, RoundResult
+from fedpeat.core.records import ClientPlan, Reply, RoundPlan, RoundResult
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated import exchange
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
@@ -73,7 +73,7 @@ class MaskedDevice(FakeDevice):
             task.arrays,
             record["server_round"],
             record["emulator"],
-            work_digest(record["settings"], record["tuned"]),
+            work_digest(record),
         )
         update = update_of(Payload(tuned), self.delta).arrays
         masked = self.secure.masked(tuned, update, self.num_examples, 100, self.delta)
@@ -236,6 +236,45 @@ def test_devices_with_other_tensors_than_others_are_not_summed_up() -> None:
     )
     with pytest.raises(AggregationError, match="needs devices that tune the same tensors"):
         one_round(masked(1, 2, 4), controller=plan, rungs={"emulator": RUNG, "part": part})
+
+
+def test_devices_with_other_steps_than_others_are_not_summed_up() -> None:
+    plan = PlanOf(
+        lambda seen: RoundPlan(
+            tuple(
+                ClientPlan(c.client_id, "emulator", 1 + place)
+                for place, c in enumerate(seen.clients)
+            ),
+            0,
+        )
+    )
+    with pytest.raises(AggregationError, match="as many steps as others, got \\[1, 2, 3\\]"):
+        one_round(masked(1, 2, 4), controller=plan)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_steps", 1), ("first_step", 7), ("tuned", "lora_B"), ("rank", 1), ("settings", {})],
+)
+def test_another_task_than_that_of_all_is_not_trained(key: str, value: object) -> None:
+    transport = masked(1, 2, 4)
+    reasons: list[str] = []
+
+    def other(content: bytes) -> Reply:
+        task = decode(content)
+        record = {**task.record, key: value}
+        try:
+            return Reply(
+                "d00",
+                transport.devices["d00"].answer("train", encode(Payload(task.arrays, record))),
+            )
+        except WireError as error:
+            reasons.append(str(error))
+            return Reply("d00", error=str(error))
+
+    transport.scripts["train", "d00"] = other
+    one_round(transport)
+    assert reasons == ["round, adapter or settings are not those of the round's terms"]
 
 
 # --- participants ---------------------------------------------------------------------------------

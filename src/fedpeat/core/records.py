@@ -154,7 +154,8 @@ class ParticipantResult:
 
     ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
     ``bytes_down`` that brought it what it lacked of that emulator. ``clip_ratio`` is what its
-    update was scaled by to stay within the round's bound; None where there is none.
+    update was scaled by to stay within the round's bound; None where there is none. Secure
+    aggregation hides examples, tokens and weight of a device, which are 0 then, and its losses.
     """
 
     client_id: str

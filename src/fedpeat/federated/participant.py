@@ -230,7 +230,7 @@ class Participant:
             WireError: If it is not.
         """
         if self._secure is not None:
-            work = work_digest(asdict(task.settings), task.tuned)
+            work = work_digest(asdict(task))
             self._secure.begin(secure, adapter, task.server_round, task.emulator, work)
         elif secure is not None:
             raise WireError(_NOT_SECURE)

@@ -63,7 +63,8 @@ class JointRound:
         exchange: How they are reached.
 
     Raises:
-        AggregationError: If devices have other tensors than others, or the transport fails.
+        AggregationError: If devices have other tensors or steps than others, or the transport
+            fails.
     """
 
     def __init__(
@@ -85,17 +86,30 @@ class JointRound:
                 f"round {server_round}: secure aggregation needs devices that tune the same "
                 "tensors, got rungs with others"
             )
+        steps = sorted({client.local_steps for client in cohort})
+        if len(steps) > 1:
+            raise AggregationError(
+                f"round {server_round}: secure aggregation needs devices that make as many steps "
+                f"as others, got {steps}"
+            )
         self._cohort = list(cohort)
         self._exchange = exchange
         self._server_round = server_round
         self._emulators = emulators
         adapter = starts[cohort[0].client_id]
         self._start = part_of(adapter, tuned)
+        work = {
+            "settings": asdict(settings),
+            "tuned": tuned,
+            "num_steps": steps[0],
+            "first_step": (server_round - 1) * steps[0],
+            "rank": None,
+        }
         self._round = secure.begin(
             [client.client_id for client in cohort if client.client_id not in unequipped],
             server_round=server_round,
             adapter=adapter,
-            work=work_digest(asdict(settings), tuned),
+            work=work_digest(work),
             emulators=[emulators[client.rung] for client in cohort],
             exchange=exchange,
         )

@@ -23,6 +23,7 @@ PROTOCOL = "fedpeat-secagg-1"
 SECURE_KEY = "secure"
 """Under this key of its record a train message has what it says for secure aggregation."""
 
+_COMMON = ("settings", "tuned", "num_steps", "first_step", "rank")
 _MAX_TEXT = 128
 _MAX_EMULATORS = 64
 _MAX_BITS = 32
@@ -121,12 +122,14 @@ def _is_positive(value: object) -> bool:
     return 0 < value < math.inf
 
 
-def work_digest(settings: Mapping[str, Any], tuned: str) -> str:
-    """Return the SHA-256 of how all devices of a round train.
+def work_digest(task: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a train task has to say to all devices of a round alike.
+
+    With other steps or another learning rate a device would change little, and the update of one
+    that was told the right ones stand out.
 
     Args:
-        settings: Settings of local training, as plain data.
-        tuned: Part of the adapter that the round tunes.
+        task: The task as plain data: its record, or what is the same for all in it.
     """
-    text = json.dumps({"settings": dict(settings), "tuned": tuned}, sort_keys=True)
+    text = json.dumps({key: task[key] for key in _COMMON}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
