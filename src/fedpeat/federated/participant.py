@@ -9,6 +9,7 @@ Kinds of messages:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -17,9 +18,11 @@ import numpy as np
 
 from fedpeat.adapter.lora import Part, part_of
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
+from fedpeat.federated.codecs import UpdateCodec, UpdateEncoder
 from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.secagg.terms import SECURE_KEY, work_digest
 from fedpeat.federated.shelf import EmulatorShelf
@@ -45,6 +48,7 @@ def train_message(
     tuned: Part = "all",
     left_out: str = "",
     rank: int | None = None,
+    codec: UpdateCodec | None = None,
     secure: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return the message that asks a device to tune the round's adapter.
@@ -60,10 +64,20 @@ def train_message(
         tuned: Part to tune and to send back; the rest stays frozen.
         left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
         rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
+        codec: How to send what was tuned; its tensors as they are if not given.
         secure: What secure aggregation has to say; None without it.
     """
     task = _Task(
-        server_round, emulator, num_steps, first_step, settings, seed, tuned, left_out, rank
+        server_round,
+        emulator,
+        num_steps,
+        first_step,
+        settings,
+        seed,
+        tuned,
+        left_out,
+        rank,
+        codec or UpdateCodec(),
     )
     record = asdict(task) if secure is None else {**asdict(task), SECURE_KEY: secure}
     return encode(Payload(adapter, record))
@@ -82,6 +96,7 @@ class _Task:
     tuned: Part
     left_out: str
     rank: int | None
+    codec: UpdateCodec
 
 
 class Participant:
@@ -91,10 +106,12 @@ class Participant:
 
     Args:
         client_id: Its name.
-        data: Its own data.
-        shelf: Emulators in memory.
+        data: Its examples.
+        shelf: Where emulators are.
         secure: Its side of secure aggregation; it then takes part in no other way, and says of
             itself neither examples nor tokens nor losses.
+        noise: What its examples are hidden with; one that nobody else has if not given.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
     """
 
     def __init__(
@@ -103,15 +120,21 @@ class Participant:
         data: Examples,
         shelf: EmulatorShelf,
         secure: SecureSide | None = None,
+        *,
+        noise: NoiseSource | None = None,
+        least_noise: float = 0.0,
     ) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
         self._secure = secure
+        self._noise = noise or NoiseSource.fresh()
+        self._least_noise = least_noise
         self._held: set[str] = set()
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
         self._kept_sha256 = ""
+        self._encoder = UpdateEncoder()
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
             "hello": self._hello,
             "hold": self.hold,
@@ -136,13 +159,28 @@ class Participant:
 
     def inventory(self) -> dict[str, Any]:
         """Return what it holds, as plain data that ``restore`` understands."""
-        return {"held": self.held, "parts": self.parts, "kept": self.kept}
+        return {
+            "held": self.held,
+            "parts": self.parts,
+            "kept": self.kept,
+            "unsaid_of": self._encoder.key,
+        }
 
-    def restore(self, inventory: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
+    def unsaid(self) -> dict[str, np.ndarray]:
+        """Return what its updates left out so far, for ``restore``, by part of the adapter."""
+        return dict(self._encoder.residuals)
+
+    def restore(
+        self,
+        inventory: Mapping[str, Any],
+        kept: Mapping[str, np.ndarray],
+        unsaid: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Have again what a resumed run's device had; the shelf must have what is still in use."""
         self._held = set(inventory["held"])
         self._parts = set(inventory["parts"])
         self._keep(kept)
+        self._encoder = UpdateEncoder(inventory.get("unsaid_of", ""), dict(unsaid or {}))
 
     def handle(self, kind: str, content: bytes) -> bytes:
         """Answer one message.
@@ -194,6 +232,11 @@ class Participant:
         task = _read_task(record)
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
+        if not task.settings.noise_multiplier >= self._least_noise:  # NaN compares as false
+            raise AdapterError(
+                f"{self.client_id} tunes with privacy.example_noise_multiplier of at least "
+                f"{self._least_noise:g}, got {task.settings.noise_multiplier}"
+            )
         tunable = self._shelf.get(task.emulator)
         adapter = self._whole(payload.arrays, task.left_out)
         self._agree(secure, adapter, task)
@@ -208,6 +251,7 @@ class Participant:
                 num_steps=task.num_steps,
                 first_step=task.first_step,
                 seed=task.seed,
+                noise=self._noise_of(task, adapter),
             )
             update = part.state()
         told = {
@@ -217,11 +261,27 @@ class Participant:
         }
         if self._secure is not None:
             masked = self._secure.masked(
-                tuned, update, self._data.num_examples, stats.num_tokens, stats.mean_loss
+                tuned, update, self._data.num_examples, stats.num_tokens, stats.mean_loss or 0.0
             )
             return Payload(masked.arrays, {**masked.record, **told})
+        arrays = self._encoder.encode(
+            update,
+            tuned,
+            task.codec,
+            key=f"{task.emulator}/{task.rank}",
+            part=task.tuned,
+            server_round=task.server_round,
+        )
         record = {"num_examples": self._data.num_examples, **asdict(stats), **told}
-        return Payload(update, record)
+        return Payload(arrays, record)
+
+    def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
+        """Return the noise of a task: another one whenever anything else is asked.
+
+        Two updates with the same noise, from other adapters say, would differ by what it hides.
+        """
+        asked = {**asdict(task), "left_out": digest(adapter)}
+        return self._noise.child("train", json.dumps(asked, sort_keys=True))
 
     def _agree(self, secure: object, adapter: Mapping[str, np.ndarray], task: _Task) -> None:
         """Check that a task is what this device and its neighbours agreed on.
@@ -266,6 +326,10 @@ def _read_task(record: Mapping[str, Any]) -> _Task:
         rank = record["rank"]
         if rank is not None and (type(rank) is not int or rank < 1):
             raise WireError(f"rank must be a whole number, at least 1, or null, got {rank!r}")
-        return _Task(**{**record, "settings": LocalSettings(**record["settings"])})
+        read = {
+            "settings": LocalSettings(**record["settings"]),
+            "codec": UpdateCodec.read(record["codec"]),
+        }
+        return _Task(**{**record, **read})
     except (KeyError, TypeError) as error:
         raise WireError(f"not a train task: {error!r}") from error

@@ -19,6 +19,7 @@ from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
+from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.secagg.seam import SecureSide
@@ -42,6 +43,9 @@ class Device:
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
         secure: Its side of secure aggregation; None if its updates go in clear.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
+
+    What it hides its examples with is drawn anew whenever it is started.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Device:
         read_data: ReadData,
         say: Callable[[str], object],
         secure: SecureSide | None = None,
+        *,
+        least_noise: float = 0.0,
     ) -> None:
         self._name = name
         self._cache = cache
@@ -59,6 +65,7 @@ class Device:
         self._read_data = read_data
         self._say = say
         self._secure = secure
+        self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
 
@@ -109,7 +116,9 @@ class Device:
         payload = decode(content)
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
-        self._participant = Participant(self._name, data, self._shelf, self._secure)
+        self._participant = Participant(
+            self._name, data, self._shelf, self._secure, least_noise=self._least_noise
+        )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
         return encode(Payload(record={"welcome": self._welcome}))
@@ -138,7 +147,7 @@ def _offers(value: object) -> dict[str, Offer]:
         raise WireError(f"an offer must have num_bytes and token: {error!r}") from error
 
 
-def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> None:
+def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
     """Answer messages on a Unix socket, which only this user can reach, until told to end."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -154,7 +163,7 @@ def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> No
                 _answer_one(link, device, say)
 
 
-def _answer_one(link: socket.socket, device: Device, say: Callable[[str], object]) -> None:
+def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
         kind, content = receive(link).decode(), receive(link)
         try:

@@ -157,7 +157,7 @@ class JointRound:
             num_tokens=sums.num_tokens,
             rung=self._cohort[0].rung,
         )
-        return Outcome(result, sums.mean, sums.mean_loss, self._start, num_devices)
+        return Outcome(result, sums.mean, sums.mean_loss, self._start, num_devices=num_devices)
 
 
 def _left_out(name: str, replies: Mapping[str, Reply | None]) -> Outcome:
