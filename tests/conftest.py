@@ -9,12 +9,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# All that fedpeat imports comes before it: within jaxtyping's hook it would be compiled each time.
 import numpy as np
+import peft  # noqa: F401
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import typechecker  # noqa: F401 - before anything of fedpeat is imported
 from tiny import VOCAB_SIZE, WORDS, tiny_model, tiny_processor, tiny_vit, write_images
 
 torch.set_num_threads(1)
