@@ -1,8 +1,8 @@
 """The run-time type checker of the tests: beartype, with an int for a float (PEP 484).
 
-jaxtyping's hook wraps every function in a context of its own for the sizes of axes. That costs
-about as much as the rest of a tiny federation, and only a function with axes in its hints has any
-use for it. The others get beartype alone, which checks the same hints.
+jaxtyping's hook wraps every function in a context of its own for the sizes of axes. That makes a
+run of a tiny federation half as long again, and only a function with axes in its hints has any use
+for it. The others get beartype alone, which checks the same hints.
 """
 
 from __future__ import annotations
