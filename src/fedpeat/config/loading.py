@@ -16,6 +16,7 @@ from fedpeat.config.schema import ComparisonPlan, Config, Method
 from fedpeat.core.errors import ConfigError
 
 __all__ = [
+    "changed_settings",
     "config_from_dict",
     "config_to_dict",
     "config_to_yaml",
@@ -71,6 +72,23 @@ def config_from_dict(data: object) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return the settings as a nested mapping of plain data."""
     return dataclasses.asdict(config)
+
+
+def changed_settings(old: Config, new: Config) -> dict[str, str]:
+    """Return the settings that differ, such as {"local.local_steps": "10 -> 20"}."""
+    before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))
+    return {
+        name: f"{before[name]} -> {after[name]}" for name in after if before[name] != after[name]
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
 
 
 def config_to_yaml(config: Config) -> str:

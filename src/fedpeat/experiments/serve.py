@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fedpeat.core.errors import AggregationError, ConfigError, FleetError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
 from fedpeat.experiments.methods import METHODS
+from fedpeat.experiments.news import NewsReader
+from fedpeat.experiments.run import check_same_run
 from fedpeat.federated.flower.gate import GateSettings
 from fedpeat.federated.flower.keys import ServerKeys, server_keys
 from fedpeat.federated.flower.processes import (
@@ -31,8 +34,9 @@ from fedpeat.federated.flower.processes import (
     environment,
     tool,
 )
+from fedpeat.report.status_server import StatusServer
 
-__all__ = ["serve"]
+__all__ = ["live_page", "serve"]
 
 _LINK = "fleet"
 _LOOK_SECONDS = 0.5
@@ -67,13 +71,27 @@ def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = F
     end_on_sigterm()
     supervisor = Supervisor(_programs(config, keys, fleet), say)
     try:
-        _wait_until_healthy(supervisor, fleet, keys)
-        say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
-        _register(fleet, keys, say)
-        _see_through(fleet, folder, supervisor, say)
+        with live_page(config, folder, say):
+            _wait_until_healthy(supervisor, fleet, keys)
+            say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
+            _register(fleet, keys, say)
+            _see_through(fleet, folder, supervisor, say)
     finally:
         supervisor.stop()
     return folder
+
+
+def live_page(config: Config, folder: Path, say: Say) -> AbstractContextManager[object]:
+    """Return the page that shows the run as it goes, once it is entered, and say where it is."""
+    if config.fleet.status_port is None:
+        return nullcontext()
+    token = os.environ.get("FEDPEAT_STATUS_TOKEN")
+    host, port = config.fleet.status_host, config.fleet.status_port
+    page = StatusServer(folder, host, port, token, must_be_run=False)
+    say(f"live page: {page.url}")
+    if page.is_open:
+        say("others can reach it, and what is sent is not encrypted; who has the token sees all")
+    return page
 
 
 def _require_for_a_fleet(config: Config) -> None:
@@ -106,6 +124,9 @@ def _prepare(
         raise ConfigError(
             f"{run_folder.path} already holds a run; --resume goes on, --overwrite starts anew"
         )
+    settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    if begun and not overwrite:
+        check_same_run(run_folder, settings)
     if begun and overwrite:
         run_folder.create()
         run_folder.clear()
@@ -115,7 +136,7 @@ def _prepare(
         fleet.path.chmod(0o700)
         fleet.home.mkdir(exist_ok=True)
         fleet.outcome.unlink(missing_ok=True)
-    settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+        fleet.news.unlink(missing_ok=True)
     write_atomically(fleet.config, config_to_yaml(settings))
     write_atomically(fleet.devices, json.dumps(sorted(keys.devices)))
     fleet.write_app()
@@ -223,9 +244,13 @@ def _flwr(fleet: FleetFolder, arguments: list[str]) -> Any:
 def _see_through(fleet: FleetFolder, folder: Path, supervisor: Supervisor, say: Say) -> None:
     """Submit the run, again whenever its process is gone, until it has ended."""
     submitted, num_submissions, last_round = -_SUBMIT_SECONDS, 0, -1
+    news = NewsReader(fleet.news)
     while True:
         supervisor.look()
-        if fleet.outcome.exists():
+        is_over = fleet.outcome.exists()
+        for text in news.new():
+            say(text)
+        if is_over:
             outcome = json.loads(fleet.outcome.read_text())
             if outcome["exit_code"] == 0:
                 return
@@ -235,8 +260,6 @@ def _see_through(fleet: FleetFolder, folder: Path, supervisor: Supervisor, say: 
             say(f"the run stopped: {outcome['error']}")
         server_round = _last_round(folder)
         if server_round > last_round:
-            if last_round >= 0:
-                say(f"round {server_round} done")
             last_round, num_submissions = server_round, 0
         if not _is_alive(fleet) and time.monotonic() - submitted > _SUBMIT_SECONDS:
             if num_submissions == _MOST_SUBMISSIONS:

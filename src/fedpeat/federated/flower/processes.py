@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 _GRACE_SECONDS = 5.0
+_TAIL_BYTES = 4096
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LAST_WORDS = re.compile(r"Exit Code: \d+\n(.+?)(?:\n\n|\Z)", re.DOTALL)  # at the end of a log
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -81,6 +85,7 @@ class Program:
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     start_at: float = field(default=0.0, init=False)
     num_starts: int = field(default=0, init=False)
+    log_start: int = field(default=0, init=False)
 
 
 class Supervisor:
@@ -101,8 +106,8 @@ class Supervisor:
             process = program.process
             if process is not None and process.poll() is not None:
                 self._say(
-                    f"{program.name} ended with {process.returncode}; "
-                    f"again in {program.back_off_seconds:g} s (see {program.log})"
+                    f"{program.name} ended with {process.returncode}; again in "
+                    f"{program.back_off_seconds:g} s{_last_words(program)} (see {program.log})"
                 )
                 program.process = None
                 program.start_at = time.monotonic() + program.back_off_seconds
@@ -124,9 +129,22 @@ class Supervisor:
             program.process = None
 
 
+def _last_words(program: Program) -> str:
+    """Return why a program of Flower ended, as its log says: ": REASON", or nothing."""
+    try:
+        with program.log.open("rb") as file:
+            file.seek(max(program.log_start, program.log.stat().st_size - _TAIL_BYTES))
+            text = _COLOURS.sub("", file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    found = _LAST_WORDS.findall(text)
+    return f": {' '.join(found[-1].split())}" if found else ""
+
+
 def _start(program: Program) -> None:
     program.log.parent.mkdir(parents=True, exist_ok=True)
     with program.log.open("ab") as log:
+        program.log_start = log.tell()
         program.process = subprocess.Popen(  # noqa: S603 - our own list of programs
             [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *program.command],
             env=dict(program.env),
