@@ -115,6 +115,17 @@ def test_why_a_program_of_flower_ended_is_taken_from_what_it_said_last(
     assert "No connection" not in one.said[-1]
 
 
+def test_a_program_that_is_added_is_kept_running_too(kept: Callable[..., Kept]) -> None:
+    one = kept(SLEEP)
+    other = Kept(one.program.log.parent, SLEEP)
+    one.supervisor.add([other.program])
+    assert other.program.num_starts == 0
+    one.supervisor.look()
+    assert other.program.num_starts == 1
+    one.supervisor.stop()
+    assert other.program.process is None
+
+
 def test_a_program_is_ended_politely(kept: Callable[..., Kept]) -> None:
     one = kept(SLEEP)
     pid = one.up()

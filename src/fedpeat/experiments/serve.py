@@ -69,12 +69,14 @@ def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = F
     _prepare(config, keys, fleet, RunFolder(folder), resume=resume, overwrite=overwrite)
     _require_free(config.fleet.host, config.fleet.port)
     end_on_sigterm()
-    supervisor = Supervisor(_programs(config, keys, fleet), say)
+    superlink, *others = _programs(config, keys, fleet)
+    supervisor = Supervisor([superlink], say)
     try:
         with live_page(config, folder, say):
             _wait_until_healthy(supervisor, fleet, keys)
-            say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
             _register(fleet, keys, say)
+            supervisor.add(others)  # the gate opens once all who may come in are known
+            say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
             _see_through(fleet, folder, supervisor, say)
     finally:
         supervisor.stop()

@@ -100,6 +100,10 @@ class Supervisor:
         self._programs = list(programs)
         self._say = say
 
+    def add(self, programs: Sequence[Program]) -> None:
+        """Keep further programs running, from the next look on."""
+        self._programs += programs
+
     def look(self) -> None:
         """Start what is not running and is due."""
         for program in self._programs:
