@@ -57,7 +57,7 @@ class Site:
         self.said: list[str] = []
         cache = PartCache(folder / name, f"localhost:{door.port}", Path(door.settings.ca))
         shelf = EmulatorShelf(torch.device("cpu"), torch.float32)
-        self.device = Device(name, cache, shelf, read, self.said.append, limit)
+        self.device = Device(name, cache, shelf, read, self.said.append, max_emulator_bytes=limit)
 
 
 def some_text(_: Mapping[str, Any], __: Mapping[str, bytes]) -> Examples:

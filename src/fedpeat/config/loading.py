@@ -16,10 +16,10 @@ from fedpeat.config.schema import ComparisonPlan, Config, Method
 from fedpeat.core.errors import ConfigError
 
 __all__ = [
-    "changed_settings",
     "config_from_dict",
     "config_to_dict",
     "config_to_yaml",
+    "differences",
     "load_config",
     "load_plan",
     "override",
@@ -74,20 +74,19 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changed_settings(old: Config, new: Config) -> dict[str, str]:
-    """Return the settings that differ, such as {"local.local_steps": "10 -> 20"}."""
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by their dotted names: (old, new)."""
     before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))
-    return {
-        name: f"{before[name]} -> {after[name]}" for name in after if before[name] != after[name]
-    }
+    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
+        own = (
             _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
         )
+        flat |= own
     return flat
 
 

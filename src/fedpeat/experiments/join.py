@@ -13,8 +13,8 @@ from typing import Any, get_args
 import torch
 
 from fedpeat.config import schema
-from fedpeat.config.loading import changed_settings
-from fedpeat.config.schema import Config, DataConfig, FleetConfig, ModelConfig
+from fedpeat.config.loading import differences
+from fedpeat.config.schema import Config, DataConfig, FleetConfig, ModelConfig, PrivacyConfig
 from fedpeat.core.errors import ConfigError, DataError, WireError
 from fedpeat.core.run_folder import storage_errors
 from fedpeat.data.examples import Examples
@@ -55,8 +55,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     Args:
         server: Where the server is, "HOST:PORT".
         keys: Folder with the device's keys, as ``fedpeat keys`` makes it.
-        config: Settings, of which ``data`` says what the device has, and ``model.device`` and
-            ``model.dtype`` how it computes.
+        config: Settings, of which ``data`` says what the device has, ``model.device`` and
+            ``model.dtype`` how it computes, and ``privacy.example_noise_multiplier`` with how
+            little noise it tunes.
         folder: Where emulators and logs are kept, for the next time too.
         say: Is told what happens.
 
@@ -75,8 +76,15 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     place = resolve_device(config.model.device)
     shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
     cache = PartCache(folder / "parts", server, own.ca)
-    limit = config.fleet.max_emulator_bytes
-    device = Device(own.name, cache, shelf, reader(config, own.name), say, limit)
+    device = Device(
+        own.name,
+        cache,
+        shelf,
+        reader(config, own.name),
+        say,
+        max_emulator_bytes=config.fleet.max_emulator_bytes,
+        least_noise=config.privacy.example_noise_multiplier,
+    )
     path = (folder / "worker.socket").absolute()
     threading.Thread(target=serve_device, args=(path, device, say), daemon=True).start()
     end_on_sigterm()
@@ -111,12 +119,14 @@ def _require_own_settings(config: Config) -> None:
         data=config.data,
         model=ModelConfig(device=model.device, dtype=model.dtype),
         fleet=FleetConfig(max_emulator_bytes=most),
+        privacy=PrivacyConfig(example_noise_multiplier=config.privacy.example_noise_multiplier),
         num_threads=config.num_threads,
     )
-    for name in changed_settings(own, config):
+    for name in differences(own, config):
         raise ConfigError(
             f"{name} is the run's, which the server decides; a device's own settings are data.*, "
-            "model.device, model.dtype, num_threads and fleet.max_emulator_bytes"
+            "model.device, model.dtype, num_threads, fleet.max_emulator_bytes and "
+            "privacy.example_noise_multiplier"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedpeat.config.loading import changed_settings, config_to_yaml, load_config
+from fedpeat.config.loading import config_to_yaml, differences, load_config
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import CheckpointError, ConfigError, FedPEATError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
@@ -112,10 +112,13 @@ def check_same_run(folder: RunFolder, config: Config) -> None:
         CheckpointError: If a setting is another one.
     """
     free = {"name", "output_dir", "num_threads", "federated.num_rounds"}
-    found = changed_settings(load_config(folder.path / "config.yaml"), config)
+    targets = (config.privacy.example_target_epsilon, config.privacy.client_target_epsilon)
+    if targets != (None, None):  # the noise was found for so many rounds
+        free.remove("federated.num_rounds")
+    changes = differences(load_config(folder.path / "config.yaml"), config)
     changed = [
-        f"{name} ({change})"
-        for name, change in found.items()
+        f"{name} ({old} -> {new})"
+        for name, (old, new) in changes.items()
         if name not in free and not name.startswith("fleet.")
     ]
     if changed:

@@ -41,6 +41,9 @@ class Device:
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
         max_emulator_bytes: Largest emulator that it takes [byte]; any if None.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
+
+    What it hides its examples with is drawn anew whenever it is started.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        *,
         max_emulator_bytes: int | None = None,
+        least_noise: float = 0.0,
     ) -> None:
         self._name = name
         self._cache = cache
@@ -58,6 +63,7 @@ class Device:
         self._read_data = read_data
         self._say = say
         self._max_emulator_bytes = max_emulator_bytes
+        self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
 
@@ -108,7 +114,9 @@ class Device:
         payload = decode(content)
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
-        self._participant = Participant(self._name, data, self._shelf)
+        self._participant = Participant(
+            self._name, data, self._shelf, least_noise=self._least_noise
+        )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
         return encode(Payload(record={"welcome": self._welcome}))
