@@ -192,7 +192,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> ServerKeys:
 
 
 @contextmanager
-def answering(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[int]:
     """Let somebody answer one call; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -273,6 +273,14 @@ def test_a_server_whose_certificate_has_expired_is_refused(
         pytest.raises(ConfigError, match=f"localhost:{port} has a certificate that has expired"),
     ):
         knock("localhost", port, expired.ca)
+
+
+def test_a_connection_that_is_cut_may_pass(own: ServerKeys) -> None:
+    with answering(lambda link: link.recv(1)) as port:
+        assert knock("localhost", port, own.ca) in {
+            "the connection was cut",
+            "Connection reset by peer",
+        }
 
 
 def test_a_server_without_tls_is_refused(own: ServerKeys) -> None:

@@ -264,7 +264,7 @@ def test_no_message_ends_a_device(path: Path, site: Site) -> None:
     hostile = [
         (4).to_bytes(8, "big") + b"\xff\xfe\xff\xfe" + (0).to_bytes(8, "big"),  # no text
         (2**40).to_bytes(8, "big"),
-        (6).to_bytes(8, "big") + b"wel",
+        (6).to_bytes(8, "big") + b"tra",
         b"",
         *(rng.bytes(int(rng.integers(1, 64))) for _ in range(20)),
     ]

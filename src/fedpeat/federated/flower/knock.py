@@ -40,8 +40,8 @@ def knock(host: str, port: int, ca: Path) -> str:
             return ""
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(f"{place} {_meaning(error, host, ca)}") from error
-    except ssl.SSLEOFError:
-        return "the connection was cut"  # a gate that is just going down
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError):
+        return "the connection was cut"  # a gate, or what is before it, that is just going down
     except ssl.SSLError as error:
         raise ConfigError(
             f"{place} must be a fedpeat server, which speaks TLS, got {error.reason or error}"
