@@ -761,10 +761,33 @@ class FleetConfig:
     """Port that devices reach."""
     wait_for: int | None = None
     """Devices that must be there before the first round; all that have a key if not given."""
+    status_host: str = "127.0.0.1"
+    """Address of the live page and the metrics for Prometheus. Where others than this machine can
+    reach it, a token is needed: FEDPEAT_STATUS_TOKEN of the environment, or one that is made up and
+    said."""
+    status_port: int | None = 0
+    """Port of the live page; 0 for any free one, which is said; no page if null."""
+    max_emulator_bytes: int | None = None
+    """On a device: largest emulator that it takes [byte]; any if not given. Offered a larger one,
+    it says so and waits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "fleet.host", "an address of this machine", self.host)
         _require(1 <= self.port <= 65535, "fleet.port", "in [1, 65535]", self.port)
+        status_port, most = self.status_port, self.max_emulator_bytes
+        _require(
+            bool(self.status_host),
+            "fleet.status_host",
+            "an address of this machine",
+            self.status_host,
+        )
+        _require(
+            status_port is None or 0 <= status_port <= 65535,
+            "fleet.status_port",
+            "in [0, 65535] or null",
+            status_port,
+        )
+        _require(most is None or most >= 1, "fleet.max_emulator_bytes", "at least 1", most)
         _require(
             self.wait_for is None or self.wait_for >= 1,
             "fleet.wait_for",

@@ -23,7 +23,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUM_TRIES = 8
 _WAIT_SECONDS = 1.0
 _TIME_OUT_SECONDS = 30.0
-_CHUNK_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,9 @@ class PartCache:
             WireError: If a part does not come, or is not what its hash says.
             StorageError: If it cannot be written.
         """
+        for sha256 in offers:
+            if not _SHA256.fullmatch(sha256):
+                raise WireError(f"a part must be called by its hash, got {sha256[:80]!r}")
         context = ssl.create_default_context(cafile=self._ca)
         with httpx.Client(verify=context, timeout=_TIME_OUT_SECONDS) as client:
             return sum(
@@ -90,20 +92,19 @@ class PartCache:
             )
 
     def _fetch(self, client: httpx.Client, sha256: str, offer: Offer) -> int:
-        if not _SHA256.fullmatch(sha256):
-            raise WireError(f"a part must be called by its hash, got {sha256[:80]!r}")
         partial = self._folder / f"{sha256}.partial"
         came, reason = 0, ""
         for attempt in range(_NUM_TRIES):
             if attempt:
                 time.sleep(_WAIT_SECONDS * attempt)
+            have, reason = _size(partial), "the connection was cut"
             try:
-                came += self._append(client, sha256, offer, partial)
+                if have < offer.num_bytes:
+                    self._append(client, sha256, offer, partial, have)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
-                continue
-            if partial.stat().st_size < offer.num_bytes:
-                reason = "the connection was cut"
+            came += _size(partial) - have
+            if _size(partial) < offer.num_bytes:
                 continue
             if sha256_of_file(partial) == sha256:
                 partial.replace(self._folder / sha256)
@@ -112,16 +113,11 @@ class PartCache:
             reason = "what came has another hash"
         raise WireError(f"part {sha256[:12]} did not come in {_NUM_TRIES} tries: {reason}")
 
-    def _append(self, client: httpx.Client, sha256: str, offer: Offer, partial: Path) -> int:
-        """Go on where an earlier try was cut; return how many bytes came."""
-        have = partial.stat().st_size if partial.exists() else 0
-        if have > offer.num_bytes:
-            partial.unlink()
-            have = 0
-        if have == offer.num_bytes:
-            return 0
+    def _append(
+        self, client: httpx.Client, sha256: str, offer: Offer, partial: Path, have: int
+    ) -> None:
+        """Go on where an earlier try was cut."""
         headers = {"Authorization": f"Bearer {offer.token}", "Range": f"bytes={have}-"}
-        came = 0
         with (
             storage_errors(partial),
             partial.open("ab") as file,
@@ -131,11 +127,14 @@ class PartCache:
                 raise WireError(
                     f"the server must send part {sha256[:12]}, got status {answer.status_code}"
                 )
-            for chunk in answer.iter_raw(_CHUNK_BYTES):
-                came += len(chunk)
-                if have + came > offer.num_bytes:
+            for chunk in answer.iter_raw():  # as it comes: what is collected is lost with a cut
+                have += len(chunk)
+                if have > offer.num_bytes:
                     raise WireError(
                         f"part {sha256[:12]} must have {offer.num_bytes} bytes, got more"
                     )
                 file.write(chunk)
-        return came
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
