@@ -70,6 +70,7 @@ ODD = {
         "distill_block_weight": 2.0,
         "distill_learning_rate": 5e-324,
         "distill_batch_size": 3,
+        "taken_from": "runs/other",
     },
     "adapter": {
         "method": "ia3",
@@ -114,6 +115,8 @@ ODD = {
         "max_examples_per_client": 100,
         "max_rejections": 3,
         "clip_norm": 0.75,
+        "update_codec": "int8",
+        "update_kept_ratio": 0.25,
         "robust_rule": "trimmed_mean",
         "assumed_attackers_ratio": 0.25,
         "server_optimizer": "fedyogi",

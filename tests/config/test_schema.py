@@ -66,6 +66,7 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
     "federated.max_rejections": ([0, -1], [1, None]),
     "federated.clip_norm": ([0.0, -1.0], [0.1, None]),
+    "federated.update_kept_ratio": ([0.0, 1.01], [1e-9, 1.0]),
     "federated.assumed_attackers_ratio": ([-0.1, 0.5], [0.0, 0.49]),
     "federated.max_examples_per_client": ([0], [1]),
     "federated.server_learning_rate": ([0.0, -1.0], [1e-6]),

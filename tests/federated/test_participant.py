@@ -22,6 +22,7 @@ from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.parts import part_bytes, part_hash, read_part
+from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.participant import Participant, fixed_width, train_message
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
@@ -446,6 +447,45 @@ def test_a_restored_device_holds_again_what_it_held(
         elsewhere.handle("train", task(adapter, package))
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
+def test_an_update_in_a_codec_is_the_plain_one_nearly(
+    name: str, package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    plain, short = device(), device()
+    for one in (plain, short):
+        one.handle("hold", hold)
+    codec = UpdateCodec(name, 0.5)
+    wanted = decode(plain.handle("train", task(adapter, package)))
+    got = decode(short.handle("train", task(adapter, package, codec=codec)))
+    assert {**got.record, "seconds": ""} == {**wanted.record, "seconds": ""}
+    tensors = decode_update(got.arrays, adapter, codec)
+    moved, apart = (
+        np.concatenate([(one[n] - two[n]).reshape(-1) for n in adapter])
+        for one, two in ((wanted.arrays, adapter), (tensors, wanted.arrays))
+    )
+    assert np.linalg.norm(apart) < 0.5 * np.linalg.norm(
+        moved
+    )  # topk leaves half of the entries out
+    assert sum(a.nbytes for a in got.arrays.values()) <= 2 * len(moved)
+
+
+def test_a_restored_device_adds_what_it_had_left_out_and_a_fresh_one_does_not(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    first, second = (
+        task(adapter, package, codec=UpdateCodec("topk", 0.1), server_round=r) for r in (1, 2)
+    )
+    one, again, fresh = (device() for _ in range(3))
+    for each in (one, again, fresh):
+        each.handle("hold", hold)
+    one.handle("train", first)
+    again.restore(one.inventory(), {}, one.unsaid())
+    expected = one.handle("train", second)
+    assert_same_arrays(again.handle("train", second), expected)
+    with pytest.raises(AssertionError):
+        assert_same_arrays(fresh.handle("train", second), expected)
+
+
 def change_arrays(change: Callable[[str, np.ndarray], np.ndarray]) -> Callable[[Payload], Payload]:
     def changed(payload: Payload) -> Payload:
         return Payload({n: change(n, a) for n, a in payload.arrays.items()}, payload.record)
@@ -546,6 +586,8 @@ TASK_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "left out is null": ({"left_out": None}, "left_out must be a hash, got None"),
     "rank 0": ({"rank": 0}, "rank must be a whole number, at least 1, or null, got 0"),
     "rank True": ({"rank": True}, "rank must be a whole number"),
+    "no codec": ({"codec": ...}, "not a train task: KeyError"),
+    "codec is text": ({"codec": "int8"}, "codec must be name, kept_ratio and feedback"),
 }
 
 

@@ -46,6 +46,7 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+UpdateCodecName = Literal["float32", "bf16", "int8", "topk"]
 RobustRule = Literal["mean", "median", "trimmed_mean", "multi_krum"]
 WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
 ControllerKind = Literal[
@@ -224,6 +225,9 @@ class EmulatorConfig:
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
     """Blocks of text, or images, in a distillation batch."""
+    taken_from: str = ""
+    """Folder of a run or calibration whose emulators are taken over instead of made anew; model,
+    data, emulator, adapter, local steps and seed must be set as there."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -422,6 +426,12 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    update_codec: UpdateCodecName = "float32"
+    """How devices send what training changed: float32 (as it is), bf16 (half of the bytes), int8 (a
+    quarter) or topk (the largest entries alone). What int8 and topk leave out is added to the
+    device's next update, except with lora_aggregation svd, whose factors turn."""
+    update_kept_ratio: float = 0.1
+    """Share of the entries that topk sends, in (0, 1]; each takes 4 bytes."""
     max_rejections: int | None = None
     """Rejected updates after which a device is set aside for good; none for never."""
     clip_norm: float | None = None
@@ -487,6 +497,9 @@ class FederatedConfig:
             "at least 1",
             self.max_examples_per_client,
         )
+        _require_choice("federated.update_codec", UpdateCodecName, self.update_codec)
+        ratio = self.update_kept_ratio
+        _require(0 < ratio <= 1, "federated.update_kept_ratio", "in (0, 1]", ratio)
         _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
         _require_choice("federated.client_weighting", ClientWeighting, self.client_weighting)
         _require_positive("federated.server_learning_rate", self.server_learning_rate)
@@ -518,6 +531,12 @@ class FederatedConfig:
             self.lora_aggregation != "svd" or self.robust_rule == "mean",
             "federated.robust_rule",
             "mean for federated.lora_aggregation 'svd', whose factors do not compare",
+            self.robust_rule,
+        )
+        _require(
+            self.update_codec != "topk" or self.robust_rule in {"mean", "multi_krum"},
+            "federated.robust_rule",
+            "mean or multi_krum for federated.update_codec 'topk', of whose entries most are 0",
             self.robust_rule,
         )
 
@@ -939,6 +958,9 @@ class ComparisonPlan:
     variants: Mapping[str, Any] = field(default_factory=dict)
     """Methods with settings of their own under names of their own (another emulator, say), nested
     as in a config file, with a "method" where it is not the file's."""
+    share_emulators: bool = False
+    """Let a run take over the emulators of the first one with its seed that makes the same ones;
+    the time that it takes is then without the making."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)

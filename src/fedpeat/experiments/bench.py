@@ -28,8 +28,10 @@ from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
 from fedpeat.experiments.privacy import noise_of, privacy_of
+from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
+from fedpeat.federated.codecs import UpdateCodec
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.reception import Reception, welcome_message
@@ -42,7 +44,14 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "Fleet", "local_settings", "make_federation", "set_up"]
+__all__ = [
+    "Bench",
+    "Fleet",
+    "local_settings",
+    "make_federation",
+    "set_up",
+    "update_codec",
+]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -260,24 +269,26 @@ def _emulators(
 ) -> dict[str, EmulatorPackage]:
     """Make the emulators, or take those that this run made before it was interrupted."""
     names = [rung_name(ratio) for ratio in config.emulator.rungs]
-    paths = {name: folder.path / "rungs" / name for name in names}
-    paths[names[0]] = folder.path / "emulator"
+    paths = rung_folders(folder.path, names)
     if (paths[names[0]] / "manifest.json").exists():  # it is saved last
         packages = {name: EmulatorPackage.load(path) for name, path in paths.items()}
         if packages[names[0]].manifest.parent_sha256 == loaded.sha256:
             return packages
-    protected = [] if config.adapter.placement == "all" else tuned
-    packages = make_emulators(
-        loaded,
-        blocks,
-        protected,
-        config.emulator,
-        data,
-        task_of(config).metric,
-        seed=config.seed,
-        observer=observer,
-        probe=Probe.of(config),
-    )
+    if config.emulator.taken_from:
+        observer.message(f"taking over the emulators of {config.emulator.taken_from}")
+        packages = take_over(config, names, loaded.sha256)
+    else:
+        packages = make_emulators(
+            loaded,
+            blocks,
+            [] if config.adapter.placement == "all" else tuned,
+            config.emulator,
+            data,
+            task_of(config).metric,
+            seed=config.seed,
+            observer=observer,
+            probe=Probe.of(config),
+        )
     for name in reversed(names):
         packages[name].save(paths[name])
     return packages
@@ -370,6 +381,7 @@ def make_federation(
         defence=_defence(config),
         privacy=privacy_of(config, len(bench.client_ids), bench.noise),
         settings=settings,
+        codec=update_codec(config),
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,
         reception=_reception(bench, fleet) if fleet is not None else None,
@@ -396,6 +408,14 @@ def _reception(bench: Bench, fleet: Fleet) -> Reception:
         bench.loaded.processor.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     return Reception(*welcome_message(record, files), fleet.offer)
+
+
+def update_codec(config: Config) -> UpdateCodec:
+    """Return how devices send their updates."""
+    fed = config.federated
+    return UpdateCodec(
+        fed.update_codec, fed.update_kept_ratio, feedback=fed.lora_aggregation != "svd"
+    )
 
 
 def _lora_aggregation(bench: Bench) -> LoraAggregation:

@@ -114,6 +114,11 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
         "adapter": progress.state.adapter,
         "best": progress.best,
         "moments": progress.state.moments,
+        "unsaid": {
+            f"{part}/{client_id}": array
+            for client_id, participant in bench.participants.items()
+            for part, array in participant.unsaid().items()
+        },
         "parts": {
             sha256: np.frombuffer(part, np.uint8)
             for package in bench.packages.values()
@@ -180,9 +185,13 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
     )
     _restore_emulators(bench, saved["emulators"], part("parts/"))
     lasting = _lasting_parts(bench, state.adapter)
+    unsaid: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in part("unsaid/").items():
+        tuned, _, client_id = name.partition("/")
+        unsaid.setdefault(client_id, {})[tuned] = array
     for client_id, inventory in saved["devices"].items():
         kept = lasting.get(inventory["kept"], {})  # of an older adapter: of no use any more
-        bench.participants[client_id].restore(inventory, kept)
+        bench.participants[client_id].restore(inventory, kept, unsaid.get(client_id))
     bench.server.load(state.adapter)
     return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))
 

@@ -22,6 +22,7 @@ from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
+from fedpeat.federated.codecs import UpdateCodec, UpdateEncoder
 from fedpeat.federated.shelf import EmulatorShelf
 from fedpeat.tuning.local import LocalSettings, train
 
@@ -42,6 +43,7 @@ def train_message(
     tuned: Part = "all",
     left_out: str = "",
     rank: int | None = None,
+    codec: UpdateCodec | None = None,
 ) -> bytes:
     """Return the message that asks a device to tune the round's adapter.
 
@@ -56,9 +58,19 @@ def train_message(
         tuned: Part to tune and to send back; the rest stays frozen.
         left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
         rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
+        codec: How to send what was tuned; its tensors as they are if not given.
     """
     task = _Task(
-        server_round, emulator, num_steps, first_step, settings, seed, tuned, left_out, rank
+        server_round,
+        emulator,
+        num_steps,
+        first_step,
+        settings,
+        seed,
+        tuned,
+        left_out,
+        rank,
+        codec or UpdateCodec(),
     )
     return encode(Payload(adapter, asdict(task)))
 
@@ -76,6 +88,7 @@ class _Task:
     tuned: Part
     left_out: str
     rank: int | None
+    codec: UpdateCodec
 
 
 class Participant:
@@ -109,6 +122,7 @@ class Participant:
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
         self._kept_sha256 = ""
+        self._encoder = UpdateEncoder()
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
             "hello": self._hello,
             "hold": self.hold,
@@ -132,13 +146,28 @@ class Participant:
 
     def inventory(self) -> dict[str, Any]:
         """Return what it holds, as plain data that ``restore`` understands."""
-        return {"held": self.held, "parts": self.parts, "kept": self.kept}
+        return {
+            "held": self.held,
+            "parts": self.parts,
+            "kept": self.kept,
+            "unsaid_of": self._encoder.key,
+        }
 
-    def restore(self, inventory: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
+    def unsaid(self) -> dict[str, np.ndarray]:
+        """Return what its updates left out so far, for ``restore``, by part of the adapter."""
+        return dict(self._encoder.residuals)
+
+    def restore(
+        self,
+        inventory: Mapping[str, Any],
+        kept: Mapping[str, np.ndarray],
+        unsaid: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Have again what a resumed run's device had; the shelf must have what is still in use."""
         self._held = set(inventory["held"])
         self._parts = set(inventory["parts"])
         self._keep(kept)
+        self._encoder = UpdateEncoder(inventory.get("unsaid_of", ""), dict(unsaid or {}))
 
     def handle(self, kind: str, content: bytes) -> bytes:
         """Answer one message.
@@ -204,6 +233,14 @@ class Participant:
                 noise=self._noise_of(task, adapter),
             )
             update = part.state()
+        arrays = self._encoder.encode(
+            update,
+            tuned,
+            task.codec,
+            key=f"{task.emulator}/{task.rank}",
+            part=task.tuned,
+            server_round=task.server_round,
+        )
         record = {
             "server_round": task.server_round,
             "emulator": task.emulator,
@@ -211,7 +248,7 @@ class Participant:
             **asdict(stats),
             "seconds": fixed_width(stats.seconds),
         }
-        return Payload(update, record)
+        return Payload(arrays, record)
 
     def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
         """Return the noise of a task: another one whenever anything else is asked.
@@ -252,6 +289,10 @@ def _read_task(record: Mapping[str, Any]) -> _Task:
         rank = record["rank"]
         if rank is not None and (type(rank) is not int or rank < 1):
             raise WireError(f"rank must be a whole number, at least 1, or null, got {rank!r}")
-        return _Task(**{**record, "settings": LocalSettings(**record["settings"])})
+        read = {
+            "settings": LocalSettings(**record["settings"]),
+            "codec": UpdateCodec.read(record["codec"]),
+        }
+        return _Task(**{**record, **read})
     except (KeyError, TypeError) as error:
         raise WireError(f"not a train task: {error!r}") from error

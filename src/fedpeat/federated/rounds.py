@@ -34,6 +34,7 @@ from fedpeat.core.seeds import derive_seed
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares, with_traffic
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
+from fedpeat.federated.codecs import UpdateCodec
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
 from fedpeat.federated.privacy import Privacy, Steps
@@ -89,6 +90,7 @@ class Federation:
         defence: What is done against updates that are as they may be, and poisoned.
         privacy: What is promised to examples and devices.
         settings: How participants train.
+        codec: How devices send their updates.
         server_training: The server's own part; None if it takes none.
         realign: Aligns emulators anew when a plan asks for it; None if that cannot be.
         reception: How devices on other machines are received; None if all are in this process.
@@ -112,6 +114,7 @@ class Federation:
         defence: Defence | None = None,
         privacy: Privacy | None = None,
         settings: LocalSettings,
+        codec: UpdateCodec | None = None,
         server_training: ServerTraining | None,
         realign: Realign | None = None,
         reception: Reception | None = None,
@@ -131,6 +134,7 @@ class Federation:
         self._defence = defence or Defence()
         self._privacy = privacy or Privacy()
         self._settings = settings
+        self._codec = codec or UpdateCodec()
         self._server_training = server_training
         self._realign = realign
         self._reception = reception
@@ -214,6 +218,8 @@ class Federation:
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
             bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
+            bytes_up_plain=sum(sent.bytes_up for sent in exchange.traffic.values())
+            + sum(outcome.bytes_saved for outcome in outcomes),
             num_tokens=sum(r.num_tokens for r in participants),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
@@ -388,7 +394,7 @@ class Federation:
                 expected |= dict.fromkeys(("first_loss", "last_loss", "mean_loss"))
             reply = replies.pop(client.client_id, None)  # its bytes are free once it is decoded
             start = part_of(starts[client.client_id], tuned)
-            outcome = judge(client.client_id, reply, start, expected, self._limits)
+            outcome = judge(client.client_id, reply, start, expected, self._limits, self._codec)
             sent = exchange.traffic[client.client_id]
             outcomes.append(with_traffic(outcome, sent, client.rung))
         start = part_of(state.adapter, tuned)
@@ -447,6 +453,7 @@ class Federation:
             tuned=self._lora.tuned_part(server_round),
             left_out=kept if known else "",
             rank=self._lora.client_ranks.get(client.client_id),
+            codec=self._codec,
         )
 
     def _train_server(

@@ -19,6 +19,7 @@ from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
+from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.shelf import EmulatorShelf
@@ -142,7 +143,7 @@ def _offers(value: object) -> dict[str, Offer]:
         raise WireError(f"an offer must have num_bytes and token: {error!r}") from error
 
 
-def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> None:
+def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
     """Answer messages on a Unix socket, which only this user can reach, until told to end."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -158,7 +159,7 @@ def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> No
                 _answer_one(link, device, say)
 
 
-def _answer_one(link: socket.socket, device: Device, say: Callable[[str], object]) -> None:
+def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
         kind, content = receive(link).decode(), receive(link)
         try:
