@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Placement",
+    "PrivacyAuditPlan",
     "PrivacyConfig",
     "ServerConfig",
     "Task",
@@ -1034,4 +1035,47 @@ class AuditPlan:
         _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
         for rate in self.learning_rates:
             _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)
+
+
+@dataclass(frozen=True)
+class PrivacyAuditPlan:
+    """How updates are attacked, to see how much of the devices' data they give away."""
+
+    num_devices: int = 4
+    """Most devices whose updates are made and attacked."""
+    num_examples: int = 256
+    """Most members, and most others, that membership is told of."""
+    overfit_blocks: int = 8
+    """Blocks of a device that trains on few for long: there attacks must work, or they prove
+    nothing."""
+    overfit_steps: int = 32
+    """Steps of such a device."""
+    inversion_tokens: int = 32
+    """Tokens of the texts that are read back."""
+    num_texts: int = 4
+    """Texts, each of a device of its own, that are read back from each kind of update."""
+    beam_width: int = 32
+    """Beams of each text."""
+    example_noise: float = 1.0
+    """Noise multiplier at example level, where the run has none of its own."""
+    client_noise: float = 1.0
+    """Noise multiplier at client level, where the run has none of its own."""
+    seed: int = 0
+    """Seed of batches, noise and intervals."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_devices", 2),
+            ("num_examples", 2),
+            ("overfit_blocks", 1),
+            ("overfit_steps", 1),
+            ("inversion_tokens", 3),
+            ("num_texts", 1),
+            ("beam_width", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"--{name.replace('_', '-')}", f"at least {least}", value)
+        _require_positive("--example-noise", self.example_noise)
+        _require_positive("--client-noise", self.client_noise)
         _require_not_negative("--seed", self.seed)
