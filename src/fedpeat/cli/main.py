@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -488,7 +489,8 @@ def _needs_flower() -> None:
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split()), flush=True)
+    with suppress(OSError):  # a full disk or a closed terminal must not end a server or a device
+        print(" ".join(text.split()), flush=True)
 
 
 def _keys(args: argparse.Namespace, rest: list[str]) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Placement",
+    "PrivacyConfig",
     "ServerConfig",
     "Task",
     "WorldConfig",
@@ -44,6 +45,7 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+UpdateCodecName = Literal["float32", "bf16", "int8", "topk"]
 RobustRule = Literal["mean", "median", "trimmed_mean", "multi_krum"]
 WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
 ControllerKind = Literal[
@@ -52,6 +54,7 @@ ControllerKind = Literal[
 Bandwidth = Literal["optimal", "branch"]
 Network = Literal["set", "mlp"]
 Ratio = Literal["branch", "joint"]
+NoiseOrigin = Literal["secret", "seed"]
 
 
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
@@ -221,6 +224,9 @@ class EmulatorConfig:
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
     """Blocks of text, or images, in a distillation batch."""
+    taken_from: str = ""
+    """Folder of a run or calibration whose emulators are taken over instead of made anew; model,
+    data, emulator, adapter, local steps and seed must be set as there."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -419,6 +425,12 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    update_codec: UpdateCodecName = "float32"
+    """How devices send what training changed: float32 (as it is), bf16 (half of the bytes), int8 (a
+    quarter) or topk (the largest entries alone). What int8 and topk leave out is added to the
+    device's next update, except with lora_aggregation svd, whose factors turn."""
+    update_kept_ratio: float = 0.1
+    """Share of the entries that topk sends, in (0, 1]; each takes 4 bytes."""
     max_rejections: int | None = None
     """Rejected updates after which a device is set aside for good; none for never."""
     clip_norm: float | None = None
@@ -484,6 +496,9 @@ class FederatedConfig:
             "at least 1",
             self.max_examples_per_client,
         )
+        _require_choice("federated.update_codec", UpdateCodecName, self.update_codec)
+        ratio = self.update_kept_ratio
+        _require(0 < ratio <= 1, "federated.update_kept_ratio", "in (0, 1]", ratio)
         _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
         _require_choice("federated.client_weighting", ClientWeighting, self.client_weighting)
         _require_positive("federated.server_learning_rate", self.server_learning_rate)
@@ -517,6 +532,12 @@ class FederatedConfig:
             "mean for federated.lora_aggregation 'svd', whose factors do not compare",
             self.robust_rule,
         )
+        _require(
+            self.update_codec != "topk" or self.robust_rule in {"mean", "multi_krum"},
+            "federated.robust_rule",
+            "mean or multi_krum for federated.update_codec 'topk', of whose entries most are 0",
+            self.robust_rule,
+        )
 
     def _check_lora(self) -> None:
         rule = self.lora_aggregation
@@ -542,6 +563,55 @@ class FederatedConfig:
             "at least 1 each",
             self.client_ranks,
         )
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of examples on their device, and of devices; needs fedpeat[privacy]."""
+
+    example_noise_multiplier: float = 0.0
+    """Noise on the sum of the gradients of a device's examples (blocks of text, or images), in
+    units of example_clip_norm; 0 for none. In a device's own settings (fedpeat join) the least with
+    which it tunes."""
+    example_target_epsilon: float | None = None
+    """Epsilon that a device's examples reach if it takes part in every round, instead of the
+    noise, which is found for each device by its number of examples."""
+    example_clip_norm: float = 1.0
+    """Norm that the gradient of each example is clipped to, in place of local.max_grad_norm."""
+    client_noise_multiplier: float = 0.0
+    """Noise on the sum of the devices' updates, in units of federated.clip_norm, to which they are
+    clipped; 0 for none. Devices then count alike, and with controller.kind fixed each is drawn by
+    itself with the chance federated.fraction_train, so that rounds differ in size."""
+    client_target_epsilon: float | None = None
+    """Epsilon that devices reach in all rounds, instead of the noise."""
+    delta: float = 1e-5
+    """Chance with which the promise of epsilon may be broken; well below 1 / number of examples, or
+    of devices."""
+    noise: NoiseOrigin = "secret"
+    """Where noise comes from: secret (noise.key in the run folder, drawn at its start; a device of
+    a fleet has its own) or seed (the same noise for the same seed; for experiments alone, since who
+    knows the seed can take the noise off)."""
+
+    def __post_init__(self) -> None:
+        for level in ("example", "client"):
+            multiplier, target = f"{level}_noise_multiplier", f"{level}_target_epsilon"
+            _require_not_negative(f"privacy.{multiplier}", getattr(self, multiplier))
+            epsilon = getattr(self, target)
+            if epsilon is not None:
+                _require_positive(f"privacy.{target}", epsilon)
+                other = f"left out for privacy.{multiplier}"
+                _require(getattr(self, multiplier) == 0, f"privacy.{target}", other, epsilon)
+        _require_positive("privacy.example_clip_norm", self.example_clip_norm)
+        _require(0 < self.delta < 1, "privacy.delta", "in (0, 1)", self.delta)
+        _require_choice("privacy.noise", NoiseOrigin, self.noise)
+
+    @property
+    def hides_examples(self) -> bool:
+        return self.example_noise_multiplier > 0 or self.example_target_epsilon is not None
+
+    @property
+    def hides_clients(self) -> bool:
+        return self.client_noise_multiplier > 0 or self.client_target_epsilon is not None
 
 
 @dataclass(frozen=True)
@@ -731,6 +801,8 @@ class Config:
     """The server's own part."""
     federated: FederatedConfig = field(default_factory=FederatedConfig)
     """The rounds."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """What is hidden by noise."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -757,6 +829,26 @@ class Config:
         self._check_ladder()
         self._check_narrow()
         self._check_controller()
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        privacy, fed, kind = self.privacy, self.federated, self.controller.kind
+        if privacy.example_target_epsilon is not None:
+            where = "fixed for privacy.example_target_epsilon, which needs to know all steps"
+            _require(kind == "fixed", "controller.kind", where, kind)
+        if not privacy.hides_clients:
+            return
+        where = " for privacy.client_*"
+        _require(fed.clip_norm is not None, "federated.clip_norm", "given" + where, fed.clip_norm)
+        rule = f"mean{where}, since noise is for a sum"
+        _require(fed.robust_rule == "mean", "federated.robust_rule", rule, fed.robust_rule)
+        factors = f"average, ffa or rolora{where}, whose noise is on the factors"
+        lora = fed.lora_aggregation
+        _require(lora != "svd", "federated.lora_aggregation", factors, lora)
+        if self.adapter.placement == "all":
+            alike = f"empty{where} with adapter.placement all: devices must tune the same"
+            rungs = self.emulator.lower_rungs
+            _require(not rungs, "emulator.lower_rungs", alike, rungs)
 
     def _check_controller(self) -> None:
         kind = self.controller.kind
@@ -865,6 +957,9 @@ class ComparisonPlan:
     variants: Mapping[str, Any] = field(default_factory=dict)
     """Methods with settings of their own under names of their own (another emulator, say), nested
     as in a config file, with a "method" where it is not the file's."""
+    share_emulators: bool = False
+    """Let a run take over the emulators of the first one with its seed that makes the same ones;
+    the time that it takes is then without the making."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fedpeat.config.loading import load_config
+from fedpeat.config.schema import Config
 from fedpeat.core.errors import FedPEATError
 from fedpeat.core.records import Reply, Transport
 from fedpeat.core.run_folder import write_atomically
@@ -18,7 +19,7 @@ from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.federated.flower.depot import Depot
 
-__all__ = ["run_on"]
+__all__ = ["Patient", "least_devices", "run_on"]
 
 _CRASHED = 1
 
@@ -31,7 +32,7 @@ def run_on(transport: Transport) -> None:
     names = tuple(json.loads(fleet.devices.read_text()))
     wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
     depot = Depot(fleet.parts, fleet.parts_secret)
-    waiting = Patient(transport, names, wanted, config.federated.min_clients)
+    waiting = Patient(transport, names, wanted, least_devices(config))
     outcome = {"exit_code": 0, "error": ""}
     try:
         run(config, resume=True, observer=Silent(), fleet=Fleet(waiting, depot.offer, names))
@@ -40,6 +41,12 @@ def run_on(transport: Transport) -> None:
     except Exception as error:  # noqa: BLE001 - the supervisor is told, and tries again
         outcome = {"exit_code": _CRASHED, "error": f"{type(error).__name__}: {error}"}
     write_atomically(fleet.outcome, json.dumps(outcome))
+
+
+def least_devices(config: Config) -> int:
+    """Return how many devices a round may begin with: with the server's update they are enough."""
+    own = config.server.participates and config.data.server_ratio > 0
+    return max(1, config.federated.min_clients - own)
 
 
 class Patient:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import torch
 
 from fedpeat.config import schema
 from fedpeat.config.schema import Config
-from fedpeat.core.errors import ConfigError, WireError
+from fedpeat.core.errors import ConfigError, FleetError, WireError
 from fedpeat.core.run_folder import storage_errors
+from fedpeat.core.run_lock import take_lock
 from fedpeat.data.examples import Examples
 from fedpeat.data.files import expand_home, find_files, looks_like_path
 from fedpeat.data.image_files import is_archive
@@ -30,6 +32,7 @@ from fedpeat.federated.flower.processes import (
     environment,
     tool,
 )
+from fedpeat.federated.flower.recall import Recalling
 from fedpeat.federated.flower.socket_link import SOCKET_KEY
 from fedpeat.federated.flower.worker import Device, serve_device
 from fedpeat.federated.shelf import EmulatorShelf
@@ -38,7 +41,6 @@ from fedpeat.model.loading import resolve_device, resolve_dtype
 __all__ = ["join"]
 
 _LOOK_SECONDS = 0.5
-_BACK_OFF_SECONDS = 65.0  # the SuperLink takes a node that crashed for online for a minute
 _MAX_FILES = 64
 
 Say = Callable[[str], object]
@@ -50,8 +52,9 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     Args:
         server: Where the server is, "HOST:PORT".
         keys: Folder with the device's keys, as ``fedpeat keys`` makes it.
-        config: Settings, of which ``data`` says what the device has, and ``model.device`` and
-            ``model.dtype`` how it computes.
+        config: Settings, of which ``data`` says what the device has, ``model.device`` and
+            ``model.dtype`` how it computes, and ``privacy.example_noise_multiplier`` with how
+            little noise it tunes.
         folder: Where emulators and logs are kept, for the next time too.
         say: Is told what happens.
 
@@ -65,24 +68,46 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
     _require_data(config.data.source)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+    lock = _taken(folder)
     place = resolve_device(config.model.device)
     shelf = EmulatorShelf(place, resolve_dtype(config.model.dtype, place))
     cache = PartCache(folder / "parts", server, own.ca)
-    device = Device(own.name, cache, shelf, _reader(config, own.name), say)
+    least_noise = config.privacy.example_noise_multiplier
+    read = _reader(config, own.name)
+    device = Device(own.name, cache, shelf, read, say, least_noise=least_noise)
     path = (folder / "worker.socket").absolute()
-    threading.Thread(target=serve_device, args=(path, device, say), daemon=True).start()
+    recalling = Recalling(device, folder, say)
+    recalling.recall()
+    worker = threading.Thread(target=serve_device, args=(path, recalling, say), daemon=True)
+    worker.start()
     end_on_sigterm()
     supervisor = Supervisor(_programs(server, own, folder.absolute(), path), say)
     say(f"{own.name} joins {server}")
     try:
-        while True:
+        while worker.is_alive():
             supervisor.look()
             time.sleep(_LOOK_SECONDS)
+        raise FleetError(f"{own.name} cannot answer any more; start it again")
     finally:
         supervisor.stop()
+        lock.close()
+
+
+def _taken(folder: Path) -> IO[str]:
+    """Make a device's folder and take its lock, which ends with this process.
+
+    Raises:
+        ConfigError: If another process has it: two would take each other's socket.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        try:
+            return take_lock(folder)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder} is in use by another device; give each a --folder of its own"
+            ) from error
 
 
 def _require_data(source: str) -> None:
@@ -100,10 +125,11 @@ def _require_data(source: str) -> None:
 def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[Program]:
     secret, address = str(secret_file(folder / "tasks.secret")), f"127.0.0.1:{free_port()}"
     env = environment(folder / "home")
+    ca, key, log = str(keys.ca.absolute()), str(keys.key.absolute()), folder / "logs/supernode.log"
     supernode = [
+        *(sys.executable, "-m", "fedpeat.federated.flower.node", str(log), server, ca, key),
         *(tool("flower-supernode"), "--superlink", server),
-        *("--root-certificates", str(keys.ca.absolute())),
-        *("--auth-supernode-private-key", str(keys.key.absolute())),
+        *("--root-certificates", ca, "--auth-supernode-private-key", key),
         *("--isolation", "process", "--superexec-auth-secret-file", secret),
         *("--host", "127.0.0.1", "--port", address.split(":")[1]),
         *("--node-config", f'{SOCKET_KEY}="{path}"'),
@@ -112,10 +138,9 @@ def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[P
         *(tool("flower-superexec"), "--insecure", "--runtime-api-address", address),
         *("--superexec-auth-secret-file", secret),
     ]
-    logs = folder / "logs"
     return [
-        Program("supernode", supernode, env, logs / "supernode.log", _BACK_OFF_SECONDS),
-        Program("superexec", superexec, env, logs / "superexec.log"),
+        Program("supernode", supernode, env, log),
+        Program("superexec", superexec, env, log.with_name("superexec.log")),
     ]
 
 

@@ -20,6 +20,8 @@ from fedpeat.report.records import (
     Cost,
     EmulatorFacts,
     Participation,
+    PrivacyFacts,
+    Promise,
     Quality,
     RoundRecord,
     RunData,
@@ -226,6 +228,7 @@ def _summary(fields: Fields) -> Summary:
         best_round=fields.amount("best_round"),
         emulator=_emulator(fields.child("emulator")),
         adapter=_adapter(fields.child("adapter")),
+        privacy=_privacy(fields.child("privacy")),
         cost=_cost(fields.child("cost") or Fields({}, fields.where)),
         versions=_versions(fields.child("versions")),
     )
@@ -262,6 +265,27 @@ def _adapter(fields: Fields | None) -> AdapterFacts | None:
         return None
     return AdapterFacts(
         fields.text("peft"), fields.amount("num_parameters"), fields.amount("num_bytes")
+    )
+
+
+def _privacy(fields: Fields | None) -> PrivacyFacts | None:
+    if fields is None:
+        return None
+    levels = [(name, fields.child(name)) for name in ("example", "client")]
+    return PrivacyFacts(
+        fields.number("delta"),
+        fields.choice("noise", ("secret", "seed")) == "secret",
+        tuple(_promise(name, found) for name, found in levels if found),
+    )
+
+
+def _promise(level: str, fields: Fields) -> Promise:
+    return Promise(
+        unit=fields.text("unit") if level == "example" else "device",
+        epsilon=fields.number("epsilon"),
+        noise_multiplier=fields.number("noise_multiplier"),
+        clip_norm=fields.number("clip_norm"),
+        sample_rate=fields.number("sample_rate"),
     )
 
 

@@ -163,6 +163,29 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What noise promises to one kind of unit."""
+
+    unit: str
+    epsilon: float | None
+    noise_multiplier: float | None
+    """None where each device has the noise for its own number of examples."""
+    clip_norm: float | None
+    sample_rate: float | None = None
+    """Chance of a device to be in a round; 1 where it is not drawn. None for examples."""
+
+
+@dataclass(frozen=True)
+class PrivacyFacts:
+    """What the run hid."""
+
+    delta: float | None
+    is_secret: bool
+    """Whether nobody else can draw the noise again."""
+    promises: tuple[Promise, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """summary.json, written when a run ends."""
 
@@ -177,6 +200,7 @@ class Summary:
     """The round whose adapter, best on the validation split, gave the result."""
     emulator: EmulatorFacts | None = None
     adapter: AdapterFacts | None = None
+    privacy: PrivacyFacts | None = None
     cost: Cost = field(default_factory=Cost)
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -25,15 +25,19 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 _GRACE_SECONDS = 5.0
+_LASTING_SECONDS = 30.0  # a program that ran as long is well
+_MOST_BACK_OFF_SECONDS = 64.0
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Nothing but the server is called, nothing is installed while it runs."""
+
+FLOWER_DEFAULTS = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+"""What may be set otherwise: a busy machine is spared by asking for tasks less often [s]."""
 
 
 def tool(name: str) -> str:
@@ -49,7 +53,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         more: Further variables.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path, **more}
+    fixed = {**FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
+    return {**FLOWER_DEFAULTS, **os.environ, **fixed, **more}
 
 
 def end_on_sigterm() -> None:
@@ -70,7 +75,8 @@ class Program:
         command: Path and arguments.
         env: Its environment.
         log: File for what it says.
-        back_off_seconds: How long to wait before it is started again [s].
+        back_off_seconds: How long to wait before it is started again [s]; twice as long each time
+            that it ends at once.
     """
 
     name: str
@@ -80,7 +86,16 @@ class Program:
     back_off_seconds: float = 2.0
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     start_at: float = field(default=0.0, init=False)
+    started_at: float = field(default=0.0, init=False)
     num_starts: int = field(default=0, init=False)
+    num_failures: int = field(default=0, init=False)
+
+    def wait_after_end(self) -> float:
+        """Return how long to wait now that it has ended [s], and count it if it ended at once."""
+        lasted = time.monotonic() - self.started_at >= _LASTING_SECONDS
+        self.num_failures = 0 if lasted else self.num_failures + 1
+        doubled = self.back_off_seconds * 2.0 ** min(max(self.num_failures - 1, 0), 16)
+        return max(self.back_off_seconds, min(doubled, _MOST_BACK_OFF_SECONDS))
 
 
 class Supervisor:
@@ -100,12 +115,13 @@ class Supervisor:
         for program in self._programs:
             process = program.process
             if process is not None and process.poll() is not None:
+                seconds = program.wait_after_end()
                 self._say(
-                    f"{program.name} ended with {process.returncode}; "
-                    f"again in {program.back_off_seconds:g} s (see {program.log})"
+                    f"{program.name} ended with {process.returncode}; again in {seconds:g} s "
+                    f"(see {program.log})"
                 )
                 program.process = None
-                program.start_at = time.monotonic() + program.back_off_seconds
+                program.start_at = time.monotonic() + seconds
             if program.process is None and time.monotonic() >= program.start_at:
                 _start(program)
 
@@ -135,7 +151,7 @@ def _start(program: Program) -> None:
             stderr=log,
             start_new_session=True,
         )
-    program.num_starts += 1
+    program.num_starts, program.started_at = program.num_starts + 1, time.monotonic()
 
 
 def _signal(program: Program, number: int) -> None:

@@ -19,6 +19,7 @@ from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
+from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.shelf import EmulatorShelf
@@ -40,6 +41,9 @@ class Device:
         shelf: Emulators in its memory.
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
+
+    What it hides its examples with is drawn anew whenever it is started.
     """
 
     def __init__(
@@ -49,12 +53,15 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        *,
+        least_noise: float = 0.0,
     ) -> None:
         self._name = name
         self._cache = cache
         self._shelf = shelf
         self._read_data = read_data
         self._say = say
+        self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
 
@@ -105,7 +112,9 @@ class Device:
         payload = decode(content)
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
-        self._participant = Participant(self._name, data, self._shelf)
+        self._participant = Participant(
+            self._name, data, self._shelf, least_noise=self._least_noise
+        )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
         return encode(Payload(record={"welcome": self._welcome}))
@@ -134,7 +143,7 @@ def _offers(value: object) -> dict[str, Offer]:
         raise WireError(f"an offer must have num_bytes and token: {error!r}") from error
 
 
-def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> None:
+def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
     """Answer messages on a Unix socket, which only this user can reach, until told to end."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -150,7 +159,7 @@ def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> No
                 _answer_one(link, device, say)
 
 
-def _answer_one(link: socket.socket, device: Device, say: Callable[[str], object]) -> None:
+def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
         kind, content = receive(link).decode(), receive(link)
         try:
