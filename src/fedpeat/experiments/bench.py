@@ -19,7 +19,7 @@ from fedpeat.core.noise import NoiseSource
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
-from fedpeat.core.wire import Payload, decode
+from fedpeat.core.wire import Payload
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulators, rung_name
@@ -138,7 +138,7 @@ class Bench:
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
-            self.shelf.put(decode(rung.hold_message(rung.parts, current)))
+            self.shelf.put(rung.hold_payload(rung.parts, current))
         return rungs
 
     def _trust(self) -> dict[str, float]:

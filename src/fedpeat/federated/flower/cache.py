@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,22 @@ class Offer:
     token: str
 
 
+class _OnDisk(Mapping[str, np.ndarray]):
+    """Files as arrays: one that nobody uses any more takes no memory."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.frombuffer(self._paths[name].read_bytes(), np.uint8)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 class PartCache:
     """Parts in a folder, each in a file called by its hash.
 
@@ -58,14 +74,10 @@ class PartCache:
         """Return the hashes of the parts that are here."""
         return sorted(p.name for p in self._folder.iterdir() if _SHA256.fullmatch(p.name))
 
-    def arrays(self, hashes: Collection[str]) -> dict[str, np.ndarray]:
-        """Return parts as bytes that stay on the disk until they are read."""
+    def arrays(self, hashes: Collection[str]) -> Mapping[str, np.ndarray]:
+        """Return those of some parts that are here; each is read anew whenever it is asked for."""
         paths = {sha256: self._folder / sha256 for sha256 in hashes if _SHA256.fullmatch(sha256)}
-        return {
-            sha256: np.memmap(path, np.uint8, mode="r")
-            for sha256, path in paths.items()
-            if path.exists() and path.stat().st_size
-        }
+        return _OnDisk({sha256: path for sha256, path in paths.items() if _size(path)})
 
     def forget_all_but(self, current: Collection[str]) -> None:
         """Delete the parts that are of no use any more, by the beginnings of their hashes."""
@@ -93,24 +105,25 @@ class PartCache:
 
     def _fetch(self, client: httpx.Client, sha256: str, offer: Offer) -> int:
         partial = self._folder / f"{sha256}.partial"
-        came, reason = 0, ""
-        for attempt in range(_NUM_TRIES):
-            if attempt:
-                time.sleep(_WAIT_SECONDS * attempt)
+        came, num_failures, reason = 0, 0, ""
+        while num_failures < _NUM_TRIES:
+            time.sleep(_WAIT_SECONDS * num_failures)
             have, reason = _size(partial), "the connection was cut"
             try:
                 if have < offer.num_bytes:
                     self._append(client, sha256, offer, partial, have)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
-            came += _size(partial) - have
-            if _size(partial) < offer.num_bytes:
+            new = _size(partial) - have
+            came += new
+            if have + new < offer.num_bytes:
+                num_failures += new == 0  # one that brought something was none
                 continue
             if sha256_of_file(partial) == sha256:
                 partial.replace(self._folder / sha256)
                 return came
             partial.unlink()
-            reason = "what came has another hash"
+            num_failures, reason = num_failures + 1, "what came has another hash"
         raise WireError(f"part {sha256[:12]} did not come in {_NUM_TRIES} tries: {reason}")
 
     def _append(
