@@ -71,14 +71,16 @@ def test_a_device_is_called_as_its_certificate_says(made: Path) -> None:
     assert device_keys(made / "devices" / "client-01").name == "client-01"
 
 
-def test_the_servers_certificate_names_hosts_and_addresses(tmp_path: Path) -> None:
+def test_the_servers_certificate_names_hosts_and_the_loopback_that_the_gate_reaches_it_by(
+    tmp_path: Path,
+) -> None:
     make_keys(tmp_path, ["fleet.example.org", "10.0.0.7", "::1"], [])
     content = (tmp_path / "server" / "server.crt").read_bytes()
     certificate = x509.load_pem_x509_certificate(content)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fleet.example.org"]
     addresses = names.get_values_for_type(x509.IPAddress)
-    assert [str(address) for address in addresses] == ["10.0.0.7", "::1"]
+    assert [str(address) for address in addresses] == ["10.0.0.7", "::1", "127.0.0.1"]
 
 
 def test_devices_are_added_later_and_what_is_there_stays(own: Path) -> None:
