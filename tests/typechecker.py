@@ -16,7 +16,8 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# a violation is a TypeError, as jaxtyping's own is, and as the code that is checked would raise
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 with_axes: Callable[..., Any] = jaxtyping.jaxtyped
 
 

@@ -244,12 +244,11 @@ def test_a_server_of_another_authority_is_refused(own: ServerKeys, tmp_path: Pat
 def test_a_server_of_another_name_is_refused(tmp_path: Path) -> None:
     make_keys(tmp_path, ["elsewhere.example.org"], ["a"])
     named = server_keys(tmp_path / "server")
-    for host in ("localhost", "127.0.0.1"):
-        with (
-            answering(with_keys(named)) as port,
-            pytest.raises(ConfigError, match=f"has a certificate that does not name {host}"),
-        ):
-            knock(host, port, named.ca)
+    with (
+        answering(with_keys(named)) as port,
+        pytest.raises(ConfigError, match="has a certificate that does not name localhost"),
+    ):
+        knock("localhost", port, named.ca)
 
 
 def test_a_server_whose_certificate_has_expired_is_refused(
