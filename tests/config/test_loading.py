@@ -180,7 +180,15 @@ IN_A_WORLD = {
         "num_policies": 2,
     },
     "calibration": {"num_federations": 5, "num_rounds": 4, "num_members": 3, "max_error": 1e-3},
-    "fleet": {"keys": "elsewhere", "host": "::1", "port": 443, "wait_for": 2},
+    "fleet": {
+        "keys": "elsewhere",
+        "host": "::1",
+        "port": 443,
+        "wait_for": 2,
+        "status_host": "::1",
+        "status_port": 9000,
+        "max_emulator_bytes": 1000,
+    },
 }
 
 

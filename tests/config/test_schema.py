@@ -105,6 +105,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "calibration.max_error": ([0.0, -1.0], [1e-9]),
     "fleet.port": ([0, 65536], [1, 65535]),
     "fleet.wait_for": ([0], [1, None]),
+    "fleet.status_port": ([-1, 65536], [0, 65535, None]),
+    "fleet.max_emulator_bytes": ([0], [1, None]),
 }
 REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
 ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]

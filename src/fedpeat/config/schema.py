@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Placement",
+    "PrivacyAuditPlan",
     "PrivacyConfig",
     "ServerConfig",
     "Task",
@@ -812,10 +813,33 @@ class FleetConfig:
     """Port that devices reach."""
     wait_for: int | None = None
     """Devices that must be there before the first round; all that have a key if not given."""
+    status_host: str = "127.0.0.1"
+    """Address of the live page and the metrics for Prometheus. Where others than this machine can
+    reach it, a token is needed: FEDPEAT_STATUS_TOKEN of the environment, or one that is made up and
+    said."""
+    status_port: int | None = 0
+    """Port of the live page; 0 for any free one, which is said; no page if null."""
+    max_emulator_bytes: int | None = None
+    """On a device: largest emulator that it takes [byte]; any if not given. Offered a larger one,
+    it says so and waits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "fleet.host", "an address of this machine", self.host)
         _require(1 <= self.port <= 65535, "fleet.port", "in [1, 65535]", self.port)
+        status_port, most = self.status_port, self.max_emulator_bytes
+        _require(
+            bool(self.status_host),
+            "fleet.status_host",
+            "an address of this machine",
+            self.status_host,
+        )
+        _require(
+            status_port is None or 0 <= status_port <= 65535,
+            "fleet.status_port",
+            "in [0, 65535] or null",
+            status_port,
+        )
+        _require(most is None or most >= 1, "fleet.max_emulator_bytes", "at least 1", most)
         _require(
             self.wait_for is None or self.wait_for >= 1,
             "fleet.wait_for",
@@ -1091,4 +1115,47 @@ class AuditPlan:
         _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
         for rate in self.learning_rates:
             _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)
+
+
+@dataclass(frozen=True)
+class PrivacyAuditPlan:
+    """How updates are attacked, to see how much of the devices' data they give away."""
+
+    num_devices: int = 4
+    """Most devices whose updates are made and attacked."""
+    num_examples: int = 256
+    """Most members, and most others, that membership is told of."""
+    overfit_blocks: int = 8
+    """Blocks of a device that trains on few for long: there attacks must work, or they prove
+    nothing."""
+    overfit_steps: int = 32
+    """Steps of such a device."""
+    inversion_tokens: int = 32
+    """Tokens of the texts that are read back."""
+    num_texts: int = 4
+    """Texts, each of a device of its own, that are read back from each kind of update."""
+    beam_width: int = 32
+    """Beams of each text."""
+    example_noise: float = 1.0
+    """Noise multiplier at example level, where the run has none of its own."""
+    client_noise: float = 1.0
+    """Noise multiplier at client level, where the run has none of its own."""
+    seed: int = 0
+    """Seed of batches, noise and intervals."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_devices", 2),
+            ("num_examples", 2),
+            ("overfit_blocks", 1),
+            ("overfit_steps", 1),
+            ("inversion_tokens", 3),
+            ("num_texts", 1),
+            ("beam_width", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"--{name.replace('_', '-')}", f"at least {least}", value)
+        _require_positive("--example-noise", self.example_noise)
+        _require_positive("--client-noise", self.client_noise)
         _require_not_negative("--seed", self.seed)

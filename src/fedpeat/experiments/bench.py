@@ -19,7 +19,7 @@ from fedpeat.core.noise import NoiseSource
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
-from fedpeat.core.wire import Payload, decode
+from fedpeat.core.wire import Payload
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulators, rung_name
@@ -49,7 +49,14 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "Fleet", "make_federation", "set_up", "update_codec"]
+__all__ = [
+    "Bench",
+    "Fleet",
+    "local_settings",
+    "make_federation",
+    "set_up",
+    "update_codec",
+]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -140,7 +147,7 @@ class Bench:
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
-            self.shelf.put(decode(rung.hold_message(rung.parts, current)))
+            self.shelf.put(rung.hold_payload(rung.parts, current))
         return rungs
 
     def _trust(self) -> dict[str, float]:
@@ -318,6 +325,18 @@ def _largest_cohort(config: Config, num_clients: int) -> int:
     return max(1, round(config.federated.fraction_train * num_clients))
 
 
+def local_settings(config: Config) -> LocalSettings:
+    """Return how participants train, before what hides examples."""
+    return LocalSettings(
+        batch_size=config.local.local_batch_size,
+        learning_rate=config.local.local_learning_rate,
+        warmup_steps=config.local.warmup_steps,
+        weight_decay=config.local.weight_decay,
+        max_grad_norm=config.local.max_grad_norm,
+        proximal_mu=config.local.proximal_mu,
+    )
+
+
 def client_rungs(bench: Bench) -> dict[str, str]:
     """Return the rung of each device that ``federated.client_rungs`` gives one, by its name."""
     names = [rung_name(ratio) for ratio in bench.config.federated.client_rungs]
@@ -340,14 +359,7 @@ def make_federation(
         transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
-    settings = LocalSettings(
-        batch_size=config.local.local_batch_size,
-        learning_rate=config.local.local_learning_rate,
-        warmup_steps=config.local.warmup_steps,
-        weight_decay=config.local.weight_decay,
-        max_grad_norm=config.local.max_grad_norm,
-        proximal_mu=config.local.proximal_mu,
-    )
+    settings = local_settings(config)
 
     def server_training(
         adapter: State, tuned: Part, num_steps: int, first_step: int, seed: int
