@@ -70,6 +70,7 @@ ODD = {
         "distill_block_weight": 2.0,
         "distill_learning_rate": 5e-324,
         "distill_batch_size": 3,
+        "taken_from": "runs/other",
     },
     "adapter": {
         "method": "ia3",
@@ -114,6 +115,8 @@ ODD = {
         "max_examples_per_client": 100,
         "max_rejections": 3,
         "clip_norm": 0.75,
+        "update_codec": "int8",
+        "update_kept_ratio": 0.25,
         "robust_rule": "trimmed_mean",
         "assumed_attackers_ratio": 0.25,
         "server_optimizer": "fedyogi",
@@ -122,11 +125,23 @@ ODD = {
         "server_beta2": 0.98,
         "server_tau": 1e-4,
     },
+    "privacy": {
+        "example_noise_multiplier": 0.7,
+        "example_clip_norm": 0.3,
+        "delta": 1e-6,
+        "noise": "seed",
+    },
     "evaluation": {"every": 2, "batch_size": 4, "full_tuned": False},
 }
 FOR_LORA_ALONE = {
-    "federated": {"lora_aggregation": "svd", "client_ranks": [4, 2], "clip_to_median": True}
+    "federated": {"lora_aggregation": "svd", "client_ranks": [4, 2], "clip_to_median": True},
+    "privacy": {"example_target_epsilon": 3.0},
 }
+FOR_A_MEAN_ALONE = {
+    "federated": {"clip_norm": 0.75},
+    "privacy": {"client_noise_multiplier": 1.5},
+}
+FOR_A_FOUND_NOISE = {"privacy": {"client_target_epsilon": 8.0}}
 IN_A_WORLD = {
     "world": {
         "preset": "iot",
@@ -155,7 +170,15 @@ IN_A_WORLD = {
         "num_policies": 2,
     },
     "calibration": {"num_federations": 5, "num_rounds": 4, "num_members": 3, "max_error": 1e-3},
-    "fleet": {"keys": "elsewhere", "host": "::1", "port": 443, "wait_for": 2},
+    "fleet": {
+        "keys": "elsewhere",
+        "host": "::1",
+        "port": 443,
+        "wait_for": 2,
+        "status_host": "::1",
+        "status_port": 9000,
+        "max_emulator_bytes": 1000,
+    },
 }
 
 
@@ -193,7 +216,11 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
     odd, default = (
-        leaves(ODD) | leaves(FOR_LORA_ALONE) | leaves(IN_A_WORLD),
+        leaves(ODD)
+        | leaves(FOR_LORA_ALONE)
+        | leaves(FOR_A_FOUND_NOISE)
+        | leaves(FOR_A_MEAN_ALONE)
+        | leaves(IN_A_WORLD),
         leaves(config_to_dict(Config())),
     )
     assert sorted(odd) == sorted(default) == sorted(setting_types())
@@ -202,8 +229,11 @@ def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), *map(config_from_dict, (ODD, FOR_LORA_ALONE, IN_A_WORLD))],
-    ids=["default", "odd", "for LoRA alone", "in a world"],
+    [
+        Config(),
+        *map(config_from_dict, (ODD, FOR_LORA_ALONE, FOR_A_MEAN_ALONE, IN_A_WORLD)),
+    ],
+    ids=["default", "odd", "for LoRA alone", "for a mean alone", "in a world"],
 )
 def test_settings_written_as_yaml_are_read_back_equal(config: Config, file: Path) -> None:
     assert read(file, config_to_yaml(config)) == config

@@ -66,12 +66,19 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
     "federated.max_rejections": ([0, -1], [1, None]),
     "federated.clip_norm": ([0.0, -1.0], [0.1, None]),
+    "federated.update_kept_ratio": ([0.0, 1.01], [1e-9, 1.0]),
     "federated.assumed_attackers_ratio": ([-0.1, 0.5], [0.0, 0.49]),
     "federated.max_examples_per_client": ([0], [1]),
     "federated.server_learning_rate": ([0.0, -1.0], [1e-6]),
     "federated.server_momentum": ([-0.1, 1.0], [0.0, 0.99]),
     "federated.server_beta2": ([-0.1, 1.0], [0.0, 0.999]),
     "federated.server_tau": ([0.0, -1.0], [1e-9]),
+    "privacy.example_noise_multiplier": ([-0.1], [0.0, 1e-9]),
+    "privacy.example_target_epsilon": ([0.0, -1.0], [1e-9, None]),
+    "privacy.example_clip_norm": ([0.0, -1.0], [1e-9]),
+    "privacy.client_noise_multiplier": ([-0.1], [0.0]),
+    "privacy.client_target_epsilon": ([0.0, -1.0], [None]),
+    "privacy.delta": ([0.0, 1.0], [1e-300, 0.999]),
     "evaluation.every": ([0], [1]),
     "evaluation.batch_size": ([0], [1]),
     "world.radius_m": ([0.0, -1.0], [1e-3]),
@@ -93,6 +100,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "calibration.max_error": ([0.0, -1.0], [1e-9]),
     "fleet.port": ([0, 65536], [1, 65535]),
     "fleet.wait_for": ([0], [1, None]),
+    "fleet.status_port": ([-1, 65536], [0, 65535, None]),
+    "fleet.max_emulator_bytes": ([0], [1, None]),
 }
 REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
 ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]
@@ -305,6 +314,50 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             },
             "server.realign_rank must be above 0 for a recipe with int8 or int4, whose weights "
             "cannot be trained, got 0",
+        ),
+        (
+            {"privacy": {"client_noise_multiplier": 1.0}},
+            "federated.clip_norm must be given for privacy.client_*, got None",
+        ),
+        *[
+            (
+                {"privacy": privacy, "federated": {"clip_norm": 1.0, "robust_rule": "median"}},
+                "federated.robust_rule must be mean for privacy.client_*, since noise is for a "
+                "sum, got 'median'",
+            )
+            for privacy in ({"client_noise_multiplier": 1.0}, {"client_target_epsilon": 8.0})
+        ],
+        (
+            {
+                "privacy": {"client_noise_multiplier": 1.0},
+                "federated": {"clip_norm": 1.0, "lora_aggregation": "svd"},
+            },
+            "federated.lora_aggregation must be average, ffa or rolora for privacy.client_*, whose "
+            "noise is on the factors, got 'svd'",
+        ),
+        (
+            {
+                "privacy": {"client_noise_multiplier": 1.0},
+                "federated": {"clip_norm": 1.0},
+                "adapter": {"placement": "all"},
+                "emulator": {"lower_rungs": [0.25]},
+            },
+            "emulator.lower_rungs must be empty for privacy.client_* with adapter.placement all: "
+            "devices must tune the same, got (0.25,)",
+        ),
+        (
+            {"privacy": {"example_noise_multiplier": 1.0, "example_target_epsilon": 3.0}},
+            "privacy.example_target_epsilon must be left out for "
+            "privacy.example_noise_multiplier, got 3.0",
+        ),
+        (
+            {
+                "privacy": {"example_target_epsilon": 3.0},
+                "controller": {"kind": "random"},
+                "world": {"preset": "iot"},
+            },
+            "controller.kind must be fixed for privacy.example_target_epsilon, which needs to know "
+            "all steps, got 'random'",
         ),
         (
             {"federated": {"lora_aggregation": "rolora", "client_ranks": [4]}},

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from fedpeat.adapter.lora import Part, part_of, truncated
 from fedpeat.adapter.tunable import attach
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.emulator.parts import part_bytes, part_hash, read_part
+from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.participant import Participant, fixed_width, train_message
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
@@ -123,6 +126,61 @@ def test_train_is_answered_with_a_changed_adapter_and_its_losses(
     first, last, mean = (reply.record[k] for k in ("first_loss", "last_loss", "mean_loss"))
     assert mean == pytest.approx((first + last) / 2)
     assert any((reply.arrays[n] != adapter[n]).any() for n in adapter)
+
+
+HIDING = LocalSettings(batch_size=2, learning_rate=0.01, noise_multiplier=1e6)
+
+
+def noisy_update(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray], **changes: Any
+) -> np.ndarray:
+    """Return how a device with some key moves the adapter in one step that is all noise."""
+    one = Participant("a", random_text(num_blocks=5), shelf(), noise=NoiseSource(bytes(32)))
+    one.handle("hold", hold)
+    changes = {"settings": HIDING, "num_steps": 1, **changes}
+    update = decode(one.handle("train", task(adapter, package, **changes))).arrays
+    return np.concatenate([(update[n] - adapter[n]).ravel() for n in sorted(adapter)])
+
+
+def test_the_same_task_gets_the_same_noise_and_no_other_task_does(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    update = noisy_update(package, hold, adapter)
+    assert noisy_update(package, hold, adapter).tobytes() == update.tobytes()
+    moved = {name: array + np.float32(1e-3) for name, array in adapter.items()}
+    others = [
+        noisy_update(package, hold, moved),
+        noisy_update(package, hold, adapter, server_round=4),
+        noisy_update(package, hold, adapter, settings=replace(HIDING, example_clip_norm=0.99)),
+    ]
+    for other in others:  # a step of Adam goes along the signs of the noise
+        assert abs(np.corrcoef(update, other)[0, 1]) < 0.2
+
+
+def test_a_device_that_is_given_no_key_has_one_of_its_own(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    answers = []
+    for _ in range(2):
+        one = device()
+        one.handle("hold", hold)
+        answers.append(one.handle("train", task(adapter, package, settings=HIDING)))
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 0.99, -1.0, float("nan")])
+def test_a_device_tunes_with_no_less_noise_than_it_wants(
+    noise_multiplier: float, package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    one = Participant("a", random_text(num_blocks=5), shelf(), least_noise=1.0)
+    one.handle("hold", hold)
+    content = task(adapter, package, settings=replace(HIDING, noise_multiplier=1.0))
+    one.handle("train", content)
+    record = decode(content).record
+    settings = {**record["settings"], "noise_multiplier": noise_multiplier}
+    payload = Payload(decode(content).arrays, {**record, "settings": settings})
+    with pytest.raises(AdapterError, match="privacy.example_noise_multiplier of at least 1, got"):
+        one._train(payload)  # noqa: SLF001 - NaN does not come over the wire
 
 
 @pytest.mark.parametrize(
@@ -389,6 +447,45 @@ def test_a_restored_device_holds_again_what_it_held(
         elsewhere.handle("train", task(adapter, package))
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
+def test_an_update_in_a_codec_is_the_plain_one_nearly(
+    name: str, package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    plain, short = device(), device()
+    for one in (plain, short):
+        one.handle("hold", hold)
+    codec = UpdateCodec(name, 0.5)
+    wanted = decode(plain.handle("train", task(adapter, package)))
+    got = decode(short.handle("train", task(adapter, package, codec=codec)))
+    assert {**got.record, "seconds": ""} == {**wanted.record, "seconds": ""}
+    tensors = decode_update(got.arrays, adapter, codec)
+    moved, apart = (
+        np.concatenate([(one[n] - two[n]).reshape(-1) for n in adapter])
+        for one, two in ((wanted.arrays, adapter), (tensors, wanted.arrays))
+    )
+    assert np.linalg.norm(apart) < 0.5 * np.linalg.norm(
+        moved
+    )  # topk leaves half of the entries out
+    assert sum(a.nbytes for a in got.arrays.values()) <= 2 * len(moved)
+
+
+def test_a_restored_device_adds_what_it_had_left_out_and_a_fresh_one_does_not(
+    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
+) -> None:
+    first, second = (
+        task(adapter, package, codec=UpdateCodec("topk", 0.1), server_round=r) for r in (1, 2)
+    )
+    one, again, fresh = (device() for _ in range(3))
+    for each in (one, again, fresh):
+        each.handle("hold", hold)
+    one.handle("train", first)
+    again.restore(one.inventory(), {}, one.unsaid())
+    expected = one.handle("train", second)
+    assert_same_arrays(again.handle("train", second), expected)
+    with pytest.raises(AssertionError):
+        assert_same_arrays(fresh.handle("train", second), expected)
+
+
 def change_arrays(change: Callable[[str, np.ndarray], np.ndarray]) -> Callable[[Payload], Payload]:
     def changed(payload: Payload) -> Payload:
         return Payload({n: change(n, a) for n, a in payload.arrays.items()}, payload.record)
@@ -489,6 +586,8 @@ TASK_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "left out is null": ({"left_out": None}, "left_out must be a hash, got None"),
     "rank 0": ({"rank": 0}, "rank must be a whole number, at least 1, or null, got 0"),
     "rank True": ({"rank": True}, "rank must be a whole number"),
+    "no codec": ({"codec": ...}, "not a train task: KeyError"),
+    "codec is text": ({"codec": "int8"}, "codec must be name, kept_ratio and feedback"),
 }
 
 

@@ -61,6 +61,8 @@ def test_number_of_steps_is_exact(num_steps: int, monkeypatch: pytest.MonkeyPatc
 
 def test_loss_falls_and_is_that_of_the_model() -> None:
     result, stats = tuned(40)
+    assert stats.first_loss is not None
+    assert stats.last_loss is not None
     assert stats.last_loss < stats.first_loss
     rows = batch_rows(8, 4, 0, seed=5)
     ids = torch.from_numpy(random_text().input_ids[rows].astype(np.int64))
@@ -191,6 +193,7 @@ def test_every_method_trains(method: str) -> None:
     start, (result, stats) = tunable(method).state(), tuned(5, method=method)
     moved = [n for n, a in result.state().items() if a.tobytes() != start[n].tobytes()]
     assert len(moved) == len(start)
+    assert stats.last_loss is not None
     assert np.isfinite(stats.last_loss)
 
 

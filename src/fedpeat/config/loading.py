@@ -19,6 +19,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "config_to_yaml",
+    "differences",
     "load_config",
     "load_plan",
     "override",
@@ -71,6 +72,22 @@ def config_from_dict(data: object) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return the settings as a nested mapping of plain data."""
     return dataclasses.asdict(config)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by their dotted names: (old, new)."""
+    before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))
+    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        own = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+        flat |= own
+    return flat
 
 
 def config_to_yaml(config: Config) -> str:

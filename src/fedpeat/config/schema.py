@@ -29,6 +29,8 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Placement",
+    "PrivacyAuditPlan",
+    "PrivacyConfig",
     "ServerConfig",
     "Task",
     "WorldConfig",
@@ -44,6 +46,7 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Cut = Literal["both", "encoder", "decoder"]
 LoraAggregation = Literal["average", "ffa", "rolora", "svd"]
 ClientWeighting = Literal["fidelity", "examples"]
+UpdateCodecName = Literal["float32", "bf16", "int8", "topk"]
 RobustRule = Literal["mean", "median", "trimmed_mean", "multi_krum"]
 WorldPreset = Literal["iot", "phone", "laptop", "vehicular", "mixed"]
 ControllerKind = Literal[
@@ -52,6 +55,7 @@ ControllerKind = Literal[
 Bandwidth = Literal["optimal", "branch"]
 Network = Literal["set", "mlp"]
 Ratio = Literal["branch", "joint"]
+NoiseOrigin = Literal["secret", "seed"]
 
 
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:  # noqa: FBT001
@@ -221,6 +225,9 @@ class EmulatorConfig:
     """Peak learning rate of distillation."""
     distill_batch_size: int = 8
     """Blocks of text, or images, in a distillation batch."""
+    taken_from: str = ""
+    """Folder of a run or calibration whose emulators are taken over instead of made anew; model,
+    data, emulator, adapter, local steps and seed must be set as there."""
 
     def __post_init__(self) -> None:
         recipe = parse_recipe(self.recipe)
@@ -419,6 +426,12 @@ class FederatedConfig:
     """Updates farther than this from the round's adapter (Euclidean norm) are rejected."""
     max_examples_per_client: int = 10_000_000
     """Updates that claim more examples than this are rejected."""
+    update_codec: UpdateCodecName = "float32"
+    """How devices send what training changed: float32 (as it is), bf16 (half of the bytes), int8 (a
+    quarter) or topk (the largest entries alone). What int8 and topk leave out is added to the
+    device's next update, except with lora_aggregation svd, whose factors turn."""
+    update_kept_ratio: float = 0.1
+    """Share of the entries that topk sends, in (0, 1]; each takes 4 bytes."""
     max_rejections: int | None = None
     """Rejected updates after which a device is set aside for good; none for never."""
     clip_norm: float | None = None
@@ -484,6 +497,9 @@ class FederatedConfig:
             "at least 1",
             self.max_examples_per_client,
         )
+        _require_choice("federated.update_codec", UpdateCodecName, self.update_codec)
+        ratio = self.update_kept_ratio
+        _require(0 < ratio <= 1, "federated.update_kept_ratio", "in (0, 1]", ratio)
         _require_choice("federated.server_optimizer", ServerOptimizer, self.server_optimizer)
         _require_choice("federated.client_weighting", ClientWeighting, self.client_weighting)
         _require_positive("federated.server_learning_rate", self.server_learning_rate)
@@ -517,6 +533,12 @@ class FederatedConfig:
             "mean for federated.lora_aggregation 'svd', whose factors do not compare",
             self.robust_rule,
         )
+        _require(
+            self.update_codec != "topk" or self.robust_rule in {"mean", "multi_krum"},
+            "federated.robust_rule",
+            "mean or multi_krum for federated.update_codec 'topk', of whose entries most are 0",
+            self.robust_rule,
+        )
 
     def _check_lora(self) -> None:
         rule = self.lora_aggregation
@@ -542,6 +564,55 @@ class FederatedConfig:
             "at least 1 each",
             self.client_ranks,
         )
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of examples on their device, and of devices; needs fedpeat[privacy]."""
+
+    example_noise_multiplier: float = 0.0
+    """Noise on the sum of the gradients of a device's examples (blocks of text, or images), in
+    units of example_clip_norm; 0 for none. In a device's own settings (fedpeat join) the least with
+    which it tunes."""
+    example_target_epsilon: float | None = None
+    """Epsilon that a device's examples reach if it takes part in every round, instead of the
+    noise, which is found for each device by its number of examples."""
+    example_clip_norm: float = 1.0
+    """Norm that the gradient of each example is clipped to, in place of local.max_grad_norm."""
+    client_noise_multiplier: float = 0.0
+    """Noise on the sum of the devices' updates, in units of federated.clip_norm, to which they are
+    clipped; 0 for none. Devices then count alike, and with controller.kind fixed each is drawn by
+    itself with the chance federated.fraction_train, so that rounds differ in size."""
+    client_target_epsilon: float | None = None
+    """Epsilon that devices reach in all rounds, instead of the noise."""
+    delta: float = 1e-5
+    """Chance with which the promise of epsilon may be broken; well below 1 / number of examples, or
+    of devices."""
+    noise: NoiseOrigin = "secret"
+    """Where noise comes from: secret (noise.key in the run folder, drawn at its start; a device of
+    a fleet has its own) or seed (the same noise for the same seed; for experiments alone, since who
+    knows the seed can take the noise off)."""
+
+    def __post_init__(self) -> None:
+        for level in ("example", "client"):
+            multiplier, target = f"{level}_noise_multiplier", f"{level}_target_epsilon"
+            _require_not_negative(f"privacy.{multiplier}", getattr(self, multiplier))
+            epsilon = getattr(self, target)
+            if epsilon is not None:
+                _require_positive(f"privacy.{target}", epsilon)
+                other = f"left out for privacy.{multiplier}"
+                _require(getattr(self, multiplier) == 0, f"privacy.{target}", other, epsilon)
+        _require_positive("privacy.example_clip_norm", self.example_clip_norm)
+        _require(0 < self.delta < 1, "privacy.delta", "in (0, 1)", self.delta)
+        _require_choice("privacy.noise", NoiseOrigin, self.noise)
+
+    @property
+    def hides_examples(self) -> bool:
+        return self.example_noise_multiplier > 0 or self.example_target_epsilon is not None
+
+    @property
+    def hides_clients(self) -> bool:
+        return self.client_noise_multiplier > 0 or self.client_target_epsilon is not None
 
 
 @dataclass(frozen=True)
@@ -691,10 +762,33 @@ class FleetConfig:
     """Port that devices reach."""
     wait_for: int | None = None
     """Devices that must be there before the first round; all that have a key if not given."""
+    status_host: str = "127.0.0.1"
+    """Address of the live page and the metrics for Prometheus. Where others than this machine can
+    reach it, a token is needed: FEDPEAT_STATUS_TOKEN of the environment, or one that is made up and
+    said."""
+    status_port: int | None = 0
+    """Port of the live page; 0 for any free one, which is said; no page if null."""
+    max_emulator_bytes: int | None = None
+    """On a device: largest emulator that it takes [byte]; any if not given. Offered a larger one,
+    it says so and waits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "fleet.host", "an address of this machine", self.host)
         _require(1 <= self.port <= 65535, "fleet.port", "in [1, 65535]", self.port)
+        status_port, most = self.status_port, self.max_emulator_bytes
+        _require(
+            bool(self.status_host),
+            "fleet.status_host",
+            "an address of this machine",
+            self.status_host,
+        )
+        _require(
+            status_port is None or 0 <= status_port <= 65535,
+            "fleet.status_port",
+            "in [0, 65535] or null",
+            status_port,
+        )
+        _require(most is None or most >= 1, "fleet.max_emulator_bytes", "at least 1", most)
         _require(
             self.wait_for is None or self.wait_for >= 1,
             "fleet.wait_for",
@@ -731,6 +825,8 @@ class Config:
     """The server's own part."""
     federated: FederatedConfig = field(default_factory=FederatedConfig)
     """The rounds."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """What is hidden by noise."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -757,6 +853,26 @@ class Config:
         self._check_ladder()
         self._check_narrow()
         self._check_controller()
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        privacy, fed, kind = self.privacy, self.federated, self.controller.kind
+        if privacy.example_target_epsilon is not None:
+            where = "fixed for privacy.example_target_epsilon, which needs to know all steps"
+            _require(kind == "fixed", "controller.kind", where, kind)
+        if not privacy.hides_clients:
+            return
+        where = " for privacy.client_*"
+        _require(fed.clip_norm is not None, "federated.clip_norm", "given" + where, fed.clip_norm)
+        rule = f"mean{where}, since noise is for a sum"
+        _require(fed.robust_rule == "mean", "federated.robust_rule", rule, fed.robust_rule)
+        factors = f"average, ffa or rolora{where}, whose noise is on the factors"
+        lora = fed.lora_aggregation
+        _require(lora != "svd", "federated.lora_aggregation", factors, lora)
+        if self.adapter.placement == "all":
+            alike = f"empty{where} with adapter.placement all: devices must tune the same"
+            rungs = self.emulator.lower_rungs
+            _require(not rungs, "emulator.lower_rungs", alike, rungs)
 
     def _check_controller(self) -> None:
         kind = self.controller.kind
@@ -865,6 +981,9 @@ class ComparisonPlan:
     variants: Mapping[str, Any] = field(default_factory=dict)
     """Methods with settings of their own under names of their own (another emulator, say), nested
     as in a config file, with a "method" where it is not the file's."""
+    share_emulators: bool = False
+    """Let a run take over the emulators of the first one with its seed that makes the same ones;
+    the time that it takes is then without the making."""
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0, "compare.methods", "at least one method", self.methods)
@@ -916,4 +1035,47 @@ class AuditPlan:
         _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
         for rate in self.learning_rates:
             _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)
+
+
+@dataclass(frozen=True)
+class PrivacyAuditPlan:
+    """How updates are attacked, to see how much of the devices' data they give away."""
+
+    num_devices: int = 4
+    """Most devices whose updates are made and attacked."""
+    num_examples: int = 256
+    """Most members, and most others, that membership is told of."""
+    overfit_blocks: int = 8
+    """Blocks of a device that trains on few for long: there attacks must work, or they prove
+    nothing."""
+    overfit_steps: int = 32
+    """Steps of such a device."""
+    inversion_tokens: int = 32
+    """Tokens of the texts that are read back."""
+    num_texts: int = 4
+    """Texts, each of a device of its own, that are read back from each kind of update."""
+    beam_width: int = 32
+    """Beams of each text."""
+    example_noise: float = 1.0
+    """Noise multiplier at example level, where the run has none of its own."""
+    client_noise: float = 1.0
+    """Noise multiplier at client level, where the run has none of its own."""
+    seed: int = 0
+    """Seed of batches, noise and intervals."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_devices", 2),
+            ("num_examples", 2),
+            ("overfit_blocks", 1),
+            ("overfit_steps", 1),
+            ("inversion_tokens", 3),
+            ("num_texts", 1),
+            ("beam_width", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"--{name.replace('_', '-')}", f"at least {least}", value)
+        _require_positive("--example-noise", self.example_noise)
+        _require_positive("--client-noise", self.client_noise)
         _require_not_negative("--seed", self.seed)

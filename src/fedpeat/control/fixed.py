@@ -21,7 +21,7 @@ def is_due(every: int, server_round: int) -> bool:
 
 
 class FixedController:
-    """Draws a fixed share of the devices, uniformly, and gives each its rung and the same work.
+    """Draws a share of the devices, uniformly, and gives each its rung and the same work.
 
     Args:
         rung: Emulator of the devices that ``client_rungs`` does not name.
@@ -31,6 +31,8 @@ class FixedController:
         server_steps: Steps of the server; 0 if it does not take part.
         realign_every: Rounds from one alignment of the emulators to the next; 0 for none.
         seed: Seed of the draws.
+        is_poisson: Whether each device is drawn by itself, with the share as its chance, so that
+            who else is there says nothing of it; else the share is exact.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FixedController:
         seed: int,
         realign_every: int = 0,
         client_rungs: Mapping[str, str] | None = None,
+        is_poisson: bool = False,
     ) -> None:
         self._rung = rung
         self._client_rungs = dict(client_rungs or {})
@@ -51,20 +54,29 @@ class FixedController:
         self._server_steps = server_steps
         self._seed = seed
         self._realign_every = realign_every
+        self._is_poisson = is_poisson
 
     def plan(self, observation: RoundObservation) -> RoundPlan:
         """Return the plan of the coming round; it depends on the round's number alone."""
-        clients = observation.clients
-        cohort_size = min(len(clients), max(1, round(self._fraction_train * len(clients))))
-        rng = generator(self._seed, "cohort", observation.server_round)
-        drawn = sorted(rng.choice(len(clients), cohort_size, replace=False).tolist())
-        names = [clients[i].client_id for i in drawn]
+        names = [client.client_id for client in observation.clients]
+        draw = self._drawn_each if self._is_poisson else self._drawn
+        names = draw(names, observation.server_round)
         plans = tuple(
             ClientPlan(name, self._client_rungs.get(name, self._rung), self._local_steps)
             for name in names
         )
         realigns = is_due(self._realign_every, observation.server_round)
         return RoundPlan(plans, self._server_steps, realigns)
+
+    def _drawn(self, names: list[str], server_round: int) -> list[str]:
+        cohort_size = min(len(names), max(1, round(self._fraction_train * len(names))))
+        rng = generator(self._seed, "cohort", server_round)
+        drawn = sorted(rng.choice(len(names), cohort_size, replace=False).tolist())
+        return [names[i] for i in drawn]
+
+    def _drawn_each(self, names: list[str], server_round: int) -> list[str]:
+        chances = (generator(self._seed, "drawn", server_round, name).random() for name in names)
+        return [n for n, u in zip(names, chances, strict=True) if u < self._fraction_train]
 
     def state(self) -> Mapping[str, Any]:
         """Return an empty state: draws follow from seed and round."""

@@ -154,7 +154,10 @@ class ParticipantResult:
 
     ``rung`` is the emulator that it tuned on, empty for the server; ``bytes_emulator``, the part of
     ``bytes_down`` that brought it what it lacked of that emulator. ``clip_ratio`` is what its
-    update was scaled by to stay within the round's bound; None where there is none.
+    update was scaled by to stay within the round's bound; None where there is none. ``epsilon`` is
+    what the device's examples have been promised so far; None where nothing is. ``bytes_up_plain``
+    is what ``bytes_up`` would have been with updates in plain float32; of an update that is not
+    accepted nobody can tell, and it counts as it came.
     """
 
     client_id: str
@@ -172,6 +175,8 @@ class ParticipantResult:
     rung: str = ""
     bytes_emulator: int = 0
     clip_ratio: float | None = None
+    bytes_up_plain: int = 0
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,11 @@ class RoundResult:
     averaging A and B apart does wrong, or, with "svd", would have done; None without LoRA.
     ``refresh_bytes`` is, by rung, the length of the parts of the emulator that were aligned anew
     before the round; empty where none was. ``simulated`` is what the round cost in a simulated
-    world, as in its plan. ``set_aside`` names all devices that take part no more.
+    world, as in its plan. ``set_aside`` names all devices that take part no more. ``privacy`` is
+    what was spent by the end of the round: the largest ``example_epsilon`` of a device, the
+    ``client_epsilon`` and the ``client_sample_rate`` that it counts with (1: chosen in a way that
+    hides nothing), and ``delta``; empty where nothing is hidden. ``bytes_up_plain`` is as of the
+    participants.
     """
 
     server_round: int
@@ -193,6 +202,7 @@ class RoundResult:
     participants: tuple[ParticipantResult, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_up_plain: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
     elapsed_seconds: float = 0.0
@@ -200,4 +210,5 @@ class RoundResult:
     refresh_bytes: Mapping[str, int] = field(default_factory=dict)
     simulated: Mapping[str, float] = field(default_factory=dict)
     set_aside: tuple[str, ...] = ()
+    privacy: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default_factory=tuple)

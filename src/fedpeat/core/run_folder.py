@@ -5,6 +5,8 @@ runs/NAME/
   metrics.jsonl    a line per round
   summary.json     the result, a stable interface
   audit.json       what the emulator gives away, if it was audited
+  privacy_audit.json   what an update gives away of the data, if that was audited
+  noise.key        what noise is drawn from, if something is hidden; for nobody else to read
   checkpoints/     round-00001/ ...: all that a resumed run needs, with a checksum
   emulator/        the emulator that devices hold, with its manifest
   rungs/           the smaller emulators of a ladder, by name
@@ -42,8 +44,19 @@ __all__ = [
 ]
 
 _KEPT_CHECKPOINTS = 2
+_SECRET_BYTES = 32
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _FOLDERS = ("checkpoints", "emulator", "rungs", "adapter", "tensorboard", "full_tuned", "clients")
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "audit.json", "report.html", "log.txt")
+_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "audit.json",
+    "privacy_audit.json",
+    "noise.key",
+    "report.html",
+    "log.txt",
+)
 
 
 @contextmanager
@@ -246,6 +259,26 @@ class RunFolder:
             (self.path / LOCK_NAME).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
+
+    def secret(self) -> bytes:
+        """Return the run's secret, made at its first use, which this user alone can read."""
+        path = self.path / "noise.key"
+        with storage_errors(path):
+            if not path.exists():
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.unlink(missing_ok=True)
+                with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as file:  # noqa: PTH123
+                    file.write(os.urandom(_SECRET_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            secret = path.read_bytes()
+        if len(secret) != _SECRET_BYTES:
+            raise CheckpointError(
+                f"{path} must have {_SECRET_BYTES} bytes, got {len(secret)}; remove it to draw "
+                "noise from a new one"
+            )
+        return secret
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl whole: after a resume it holds the rounds that count, no others."""

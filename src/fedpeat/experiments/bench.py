@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,10 +15,11 @@ from fedpeat.adapter.slices import Slice, slices_of
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import DataError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
-from fedpeat.core.wire import Payload, decode
+from fedpeat.core.wire import Payload
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulators, rung_name
@@ -26,8 +27,11 @@ from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
+from fedpeat.experiments.privacy import noise_of, privacy_of
+from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
+from fedpeat.federated.codecs import UpdateCodec
 from fedpeat.federated.in_process import InProcessTransport, UnreliableTransport
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.reception import Reception, welcome_message
@@ -40,7 +44,14 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "Fleet", "make_federation", "set_up"]
+__all__ = [
+    "Bench",
+    "Fleet",
+    "local_settings",
+    "make_federation",
+    "set_up",
+    "update_codec",
+]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -79,6 +90,7 @@ class Bench:
         participants: Simulated devices by id; none where devices are on other machines.
         client_ids: Names of all devices.
         zero_shot: Quality of the untouched full model on the test split.
+        noise: What noise is drawn from.
     """
 
     config: Config
@@ -93,6 +105,7 @@ class Bench:
     participants: dict[str, Participant]
     client_ids: tuple[str, ...]
     zero_shot: Quality
+    noise: NoiseSource = field(default_factory=NoiseSource.fresh)
 
     @property
     def task(self) -> Task:
@@ -125,7 +138,7 @@ class Bench:
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
-            self.shelf.put(decode(rung.hold_message(rung.parts, current)))
+            self.shelf.put(rung.hold_payload(rung.parts, current))
         return rungs
 
     def _trust(self) -> dict[str, float]:
@@ -180,6 +193,7 @@ def set_up(
     Raises:
         FedPEATError: If model, data and settings do not fit each other.
     """
+    noise = noise_of(config, folder)
     observer.message(f"loading model {config.model.name}")
     loaded = load_full_model(config)
     blocks = find_blocks(loaded.model, cut=config.model.cut)
@@ -216,7 +230,10 @@ def set_up(
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
-    participants = {c: Participant(c, own, shelf) for c, own in data.clients.items()}
+    participants = {
+        c: Participant(c, own, shelf, noise=noise.child("device", c))
+        for c, own in data.clients.items()
+    }
     count = sum(d.num_tokens for d in data.clients.values())
     private = f"{count:,}" if participants else "their own"
     observer.message(
@@ -237,6 +254,7 @@ def set_up(
         participants,
         client_ids,
         zero_shot,
+        noise,
     )
 
 
@@ -251,24 +269,26 @@ def _emulators(
 ) -> dict[str, EmulatorPackage]:
     """Make the emulators, or take those that this run made before it was interrupted."""
     names = [rung_name(ratio) for ratio in config.emulator.rungs]
-    paths = {name: folder.path / "rungs" / name for name in names}
-    paths[names[0]] = folder.path / "emulator"
+    paths = rung_folders(folder.path, names)
     if (paths[names[0]] / "manifest.json").exists():  # it is saved last
         packages = {name: EmulatorPackage.load(path) for name, path in paths.items()}
         if packages[names[0]].manifest.parent_sha256 == loaded.sha256:
             return packages
-    protected = [] if config.adapter.placement == "all" else tuned
-    packages = make_emulators(
-        loaded,
-        blocks,
-        protected,
-        config.emulator,
-        data,
-        task_of(config).metric,
-        seed=config.seed,
-        observer=observer,
-        probe=Probe.of(config),
-    )
+    if config.emulator.taken_from:
+        observer.message(f"taking over the emulators of {config.emulator.taken_from}")
+        packages = take_over(config, names, loaded.sha256)
+    else:
+        packages = make_emulators(
+            loaded,
+            blocks,
+            [] if config.adapter.placement == "all" else tuned,
+            config.emulator,
+            data,
+            task_of(config).metric,
+            seed=config.seed,
+            observer=observer,
+            probe=Probe.of(config),
+        )
     for name in reversed(names):
         packages[name].save(paths[name])
     return packages
@@ -290,6 +310,18 @@ def _largest_cohort(config: Config, num_clients: int) -> int:
     if config.controller.kind != "fixed":
         return num_clients
     return max(1, round(config.federated.fraction_train * num_clients))
+
+
+def local_settings(config: Config) -> LocalSettings:
+    """Return how participants train, before what hides examples."""
+    return LocalSettings(
+        batch_size=config.local.local_batch_size,
+        learning_rate=config.local.local_learning_rate,
+        warmup_steps=config.local.warmup_steps,
+        weight_decay=config.local.weight_decay,
+        max_grad_norm=config.local.max_grad_norm,
+        proximal_mu=config.local.proximal_mu,
+    )
 
 
 def client_rungs(bench: Bench) -> dict[str, str]:
@@ -314,14 +346,7 @@ def make_federation(
         transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
-    settings = LocalSettings(
-        batch_size=config.local.local_batch_size,
-        learning_rate=config.local.local_learning_rate,
-        warmup_steps=config.local.warmup_steps,
-        weight_decay=config.local.weight_decay,
-        max_grad_norm=config.local.max_grad_norm,
-        proximal_mu=config.local.proximal_mu,
-    )
+    settings = local_settings(config)
 
     def server_training(
         adapter: State, tuned: Part, num_steps: int, first_step: int, seed: int
@@ -354,7 +379,9 @@ def make_federation(
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         defence=_defence(config),
+        privacy=privacy_of(config, len(bench.client_ids), bench.noise),
         settings=settings,
+        codec=update_codec(config),
         server_training=server_training if bench.data.server is not None else None,
         realign=realign if bench.data.server is not None and bench.packages else None,
         reception=_reception(bench, fleet) if fleet is not None else None,
@@ -381,6 +408,14 @@ def _reception(bench: Bench, fleet: Fleet) -> Reception:
         bench.loaded.processor.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     return Reception(*welcome_message(record, files), fleet.offer)
+
+
+def update_codec(config: Config) -> UpdateCodec:
+    """Return how devices send their updates."""
+    fed = config.federated
+    return UpdateCodec(
+        fed.update_codec, fed.update_kept_ratio, feedback=fed.lora_aggregation != "svd"
+    )
 
 
 def _lora_aggregation(bench: Bench) -> LoraAggregation:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedpeat.core.errors import AggregationError
 from fedpeat.core.run_folder import clean_json, storage_errors, write_atomically
 from fedpeat.experiments.observer import Observer, Silent
 from fedpeat.experiments.results import gap_closed
+from fedpeat.experiments.takeover import making_differs
 from fedpeat.report.comparison import comparison_markdown, write_comparison
 
 __all__ = ["compare"]
@@ -59,9 +60,13 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     runs = [(method, seed) for method in plan.methods for seed in plan.seeds]
     summaries: dict[tuple[str, int], dict[str, Any]] = {}
+    made: list[Config] = []
     for done, (method, seed) in enumerate(runs):
         observer.progress("comparison", done, len(runs), f"{method}, seed {seed}")
         settings = _settings_of(config, plan, method, seed, folder)
+        if plan.share_emulators:
+            settings = _sharing(settings, [each for each in made if each.seed == seed])
+            made.append(settings)
         summaries[method, seed] = _run_in_process(settings, overwrite=overwrite)
     observer.progress("comparison", len(runs), len(runs), "")
     data = _table(plan, summaries)
@@ -88,6 +93,15 @@ def _settings_of(
         output_dir=str(folder),
         evaluation=evaluation,
     )
+
+
+def _sharing(config: Config, earlier: Sequence[Config]) -> Config:
+    """Return settings that take over the emulators of the first run that makes the same ones."""
+    for other in earlier:
+        if not (other.emulator.taken_from or making_differs(other, config)):
+            source = str(Path(other.output_dir) / other.name)
+            return replace(config, emulator=replace(config.emulator, taken_from=source))
+    return config
 
 
 def _run_in_process(config: Config, *, overwrite: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ runs/NAME-fleet/
   app/, home/      what Flower is told to run, and its own files
   logs/            what each program says
   process.json     the process that runs the rounds
+  news.txt         what it has to say meanwhile
   outcome.json     how that ended
 """
 
@@ -103,6 +104,10 @@ class FleetFolder:
     @property
     def process(self) -> Path:
         return self.path / "process.json"
+
+    @property
+    def news(self) -> Path:
+        return self.path / "news.txt"
 
     @property
     def outcome(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedpeat.config.schema import Config
+from fedpeat.config.schema import Config, PrivacyConfig
 from fedpeat.data.examples import Examples, FederatedData
 
 __all__ = ["METHODS", "MethodPlan", "pooled"]
@@ -35,11 +35,16 @@ def _plain_average(config: Config) -> Config:
 
 
 def _undefended(config: Config) -> Config:
-    """Leave out the rule against poisoned updates, where no device has others beside it."""
-    return replace(config, federated=replace(config.federated, robust_rule="mean"))
+    """Leave out what is for a device among others, where none has others beside it."""
+    return replace(
+        config,
+        federated=replace(config.federated, robust_rule="mean", update_codec="float32"),
+        privacy=replace(config.privacy, client_noise_multiplier=0.0, client_target_epsilon=None),
+    )
 
 
 def _pooled(config: Config) -> Config:
+    config = replace(config, privacy=PrivacyConfig())  # no device keeps anything to itself
     return _full_model(_undefended(_plain_average(config)))
 
 

@@ -26,7 +26,7 @@ from fedpeat.tuning.evaluation import Quality, evaluate
 
 __all__ = ["Progress", "aligned_anew", "begun", "checkpoint_of", "one_round", "resumed"]
 
-SCHEMA = 6
+SCHEMA = 7
 """Form of what a checkpoint holds; it is raised whenever ``checkpoint_of`` writes other things."""
 
 
@@ -114,6 +114,11 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
         "adapter": progress.state.adapter,
         "best": progress.best,
         "moments": progress.state.moments,
+        "unsaid": {
+            f"{part}/{client_id}": array
+            for client_id, participant in bench.participants.items()
+            for part, array in participant.unsaid().items()
+        },
         "parts": {
             sha256: np.frombuffer(part, np.uint8)
             for package in bench.packages.values()
@@ -134,6 +139,7 @@ def checkpoint_of(bench: Bench, progress: Progress, controller: Controller) -> C
             "last_losses": dict(progress.state.last_losses),
             "num_barren_rounds": progress.state.num_barren_rounds,
             "num_rejections": dict(progress.state.num_rejections),
+            "private_steps": {c: dict(n) for c, n in progress.state.private_steps.items()},
             "history": list(progress.history),
             "controller": dict(controller.state()),
             "emulators": {n: asdict(p.manifest) for n, p in bench.packages.items()},
@@ -175,12 +181,17 @@ def resumed(bench: Bench, checkpoint: Checkpoint | None, controller: Controller)
         saved["last_losses"],
         saved["num_barren_rounds"],
         saved["num_rejections"],
+        saved["private_steps"],
     )
     _restore_emulators(bench, saved["emulators"], part("parts/"))
     lasting = _lasting_parts(bench, state.adapter)
+    unsaid: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in part("unsaid/").items():
+        tuned, _, client_id = name.partition("/")
+        unsaid.setdefault(client_id, {})[tuned] = array
     for client_id, inventory in saved["devices"].items():
         kept = lasting.get(inventory["kept"], {})  # of an older adapter: of no use any more
-        bench.participants[client_id].restore(inventory, kept)
+        bench.participants[client_id].restore(inventory, kept, unsaid.get(client_id))
     bench.server.load(state.adapter)
     return Progress(state, part("best/"), saved["best_quality"], tuple(saved["history"]))
 

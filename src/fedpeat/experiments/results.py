@@ -16,6 +16,7 @@ from fedpeat.config.recipe import parse_recipe
 from fedpeat.core.version import VERSION
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.bench import Bench
+from fedpeat.experiments.privacy import privacy_facts
 from fedpeat.experiments.progress import Progress
 from fedpeat.federated.rounds import is_better, peak_rss_bytes
 from fedpeat.tuning.evaluation import BESIDE, Quality, evaluate
@@ -41,6 +42,7 @@ def summarize(bench: Bench, progress: Progress, setup_seconds: float) -> dict[st
         "emulator": _emulator_facts(bench.package) if _is_compressed(bench) else None,
         "rungs": _rungs(bench, progress),
         "set_aside": list(progress.history[-1]["set_aside"]),
+        "privacy": privacy_facts(config, len(bench.client_ids), progress.history),
         "adapter": {"peft": config.adapter.method, **adapter_facts(progress.best)},
         "quality": quality_table(_scores(bench, progress), bench.task.metric),
         "cost": _costs(progress, setup_seconds),
@@ -194,9 +196,16 @@ def mean_summary(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "method": "local",
         "num_clients": len(summaries),
         "rungs": rungs,
+        "privacy": _most_spent([s["privacy"] for s in summaries]),
         "quality": quality,
         "cost": cost,
     }
+
+
+def _most_spent(promises: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return the promise to the examples of the device that spent most."""
+    made = [promise for promise in promises if promise is not None]
+    return max(made, key=lambda promise: promise["example"]["epsilon"], default=None)
 
 
 def _together(rungs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedpeat.config.loading import config_to_dict, config_to_yaml, load_config
+from fedpeat.config.loading import config_to_yaml, differences, load_config
 from fedpeat.config.schema import Config
 from fedpeat.core.errors import CheckpointError, ConfigError, FedPEATError
 from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
@@ -30,7 +30,7 @@ from fedpeat.experiments.tasks import task_of
 from fedpeat.report.page import write_report
 from fedpeat.tuning.evaluation import BESIDE
 
-__all__ = ["run"]
+__all__ = ["check_same_run", "run"]
 
 INPUT_REFUSED = 2
 
@@ -93,7 +93,7 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
         elif overwrite:
             folder.set_aside()
         else:
-            _check_same_run(folder, config)
+            check_same_run(folder, config)
         write_atomically(folder.path / "config.yaml", config_to_yaml(config))
         yield
     except FedPEATError as error:
@@ -105,25 +105,26 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
         folder.close()
 
 
-def _check_same_run(folder: RunFolder, config: Config) -> None:
-    """Refuse to resume with other settings; other rounds, threads and places are allowed."""
+def check_same_run(folder: RunFolder, config: Config) -> None:
+    """Refuse to resume with other settings; other rounds, threads and places are allowed.
+
+    Raises:
+        CheckpointError: If a setting is another one.
+    """
     free = {"name", "output_dir", "num_threads", "federated.num_rounds"}
-    old = _flat(config_to_dict(load_config(folder.path / "config.yaml")))
-    new = _flat(config_to_dict(config))
-    changed = [f"{k} ({old[k]} -> {new[k]})" for k in new if old[k] != new[k] and k not in free]
+    targets = (config.privacy.example_target_epsilon, config.privacy.client_target_epsilon)
+    if targets != (None, None):  # the noise was found for so many rounds
+        free.remove("federated.num_rounds")
+    changes = differences(load_config(folder.path / "config.yaml"), config)
+    changed = [
+        f"{name} ({old} -> {new})"
+        for name, (old, new) in changes.items()
+        if name not in free and not name.startswith("fleet.")
+    ]
     if changed:
         raise CheckpointError(
             f"cannot resume {folder.path} with other settings: {', '.join(changed)}"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return flat
 
 
 def _federated(

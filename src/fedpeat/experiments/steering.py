@@ -19,6 +19,7 @@ from fedpeat.core.errors import CheckpointError, ConfigError
 from fedpeat.core.records import Controller
 from fedpeat.core.seeds import derive_seed
 from fedpeat.experiments.bench import Bench, client_rungs
+from fedpeat.experiments.privacy import is_poisson
 from fedpeat.experiments.workload import measure_workload
 from fedpeat.mec.quality import QualityModel
 from fedpeat.mec.world import WorldSettings
@@ -42,7 +43,8 @@ def make_controller(bench: Bench) -> Controller:
             local_steps=config.local.local_steps,
             server_steps=_server_steps(bench),
             realign_every=config.server.realign_every,
-            seed=config.seed,
+            seed=bench.noise.seed("cohort") if is_poisson(config) else config.seed,
+            is_poisson=is_poisson(config),
         )
     client_ids = sorted(bench.client_ids)
     workload = measure_workload(bench, scale=config.world.workload_scale)

@@ -19,7 +19,7 @@ from fedpeat.adapter.lora import Part, part_of
 from fedpeat.core.errors import ConfigError, EmulatorError, WorldError
 from fedpeat.core.seeds import derive_seed
 from fedpeat.emulator.update import UPDATE
-from fedpeat.experiments.bench import Bench
+from fedpeat.experiments.bench import Bench, update_codec
 from fedpeat.experiments.fidelity import Probe
 from fedpeat.experiments.realign import realigned
 from fedpeat.federated.aggregation import TUNED_PARTS
@@ -116,6 +116,7 @@ def _turn(bench: Bench, rung: Rung, tuned: Part) -> _Turn:
             seed=derive_seed(bench.config.seed, "client", client_id),
             tuned=tuned,
             left_out=participant.kept,
+            codec=update_codec(bench.config),
         )
 
     with _counting() as counter, _keeping() as saved:

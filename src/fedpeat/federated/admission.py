@@ -11,7 +11,8 @@ import numpy as np
 
 from fedpeat.core.errors import WireError
 from fedpeat.core.records import ParticipantResult, Reply, Status
-from fedpeat.core.wire import Payload, decode
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.exchange import Sent
 from fedpeat.federated.screening import Limits, screen, shown
 
@@ -19,6 +20,7 @@ __all__ = ["SERVER_ID", "Outcome", "admit", "judge", "shares", "with_traffic"]
 
 SERVER_ID = "server"
 _MAX_REASON = 300
+_PLAIN = UpdateCodec()
 _SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
 
 
@@ -26,13 +28,15 @@ _SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
 class Outcome:
     """What came of one participant's task: its line in the metrics and, if accepted, its update.
 
-    ``start`` is what it was given of what it tuned.
+    ``start`` is what it was given of what it tuned; ``bytes_saved``, by how much its message was
+    shorter than the same tensors in float32.
     """
 
     result: ParticipantResult
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    mean_loss: float = 0.0
+    mean_loss: float | None = 0.0
     start: Mapping[str, np.ndarray] = field(default_factory=dict)
+    bytes_saved: int = 0
 
     @property
     def accepted(self) -> bool:
@@ -45,6 +49,7 @@ def judge(
     current: Mapping[str, np.ndarray],
     expected: Mapping[str, Any],
     limits: Limits,
+    codec: UpdateCodec = _PLAIN,
 ) -> Outcome:
     """Return what comes of a device's reply; None is a reply that has not come in time."""
     if reply is None:
@@ -52,10 +57,14 @@ def judge(
     if reply.content is None:
         return _refused(client_id, "dropped" if reply.lost else "failed", reply.error)
     try:
-        payload = _with_seconds(decode(reply.content))
+        sent = decode(reply.content)
+        plain = Payload(decode_update(sent.arrays, current, codec), sent.record)
+        outcome = admit(client_id, _with_seconds(plain), current, expected, limits)
     except WireError as error:
         return _refused(client_id, "rejected", str(error))
-    return admit(client_id, payload, current, expected, limits)
+    if not outcome.accepted or plain.arrays is sent.arrays:
+        return outcome
+    return replace(outcome, bytes_saved=len(encode(plain)) - len(reply.content))
 
 
 def admit(
@@ -76,12 +85,18 @@ def admit(
         role=_role(client_id),
         status="accepted",
         num_examples=record["num_examples"],
-        first_loss=float(record["first_loss"]),
-        last_loss=float(record["last_loss"]),
+        first_loss=_loss(record, "first_loss"),
+        last_loss=_loss(record, "last_loss"),
         num_tokens=record["num_tokens"],
         seconds=float(record["seconds"]),
     )
-    return Outcome(result, payload.arrays, float(record["mean_loss"]), current)
+    return Outcome(result, payload.arrays, _loss(record, "mean_loss"), current)
+
+
+def _loss(record: Mapping[str, Any], key: str) -> float | None:
+    """Return a loss; None where examples are hidden, so that none was told."""
+    loss = record.get(key)
+    return None if loss is None else float(loss)
 
 
 def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:
@@ -90,6 +105,7 @@ def with_traffic(outcome: Outcome, sent: Sent, rung: str) -> Outcome:
         outcome.result,
         bytes_down=sent.bytes_down,
         bytes_up=sent.bytes_up,
+        bytes_up_plain=sent.bytes_up + outcome.bytes_saved,
         bytes_emulator=sent.bytes_emulator,
         rung=rung,
     )

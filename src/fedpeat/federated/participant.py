@@ -9,6 +9,7 @@ Kinds of messages:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -17,9 +18,11 @@ import numpy as np
 
 from fedpeat.adapter.lora import Part, part_of
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
+from fedpeat.federated.codecs import UpdateCodec, UpdateEncoder
 from fedpeat.federated.shelf import EmulatorShelf
 from fedpeat.tuning.local import LocalSettings, train
 
@@ -40,6 +43,7 @@ def train_message(
     tuned: Part = "all",
     left_out: str = "",
     rank: int | None = None,
+    codec: UpdateCodec | None = None,
 ) -> bytes:
     """Return the message that asks a device to tune the round's adapter.
 
@@ -54,9 +58,19 @@ def train_message(
         tuned: Part to tune and to send back; the rest stays frozen.
         left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
         rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
+        codec: How to send what was tuned; its tensors as they are if not given.
     """
     task = _Task(
-        server_round, emulator, num_steps, first_step, settings, seed, tuned, left_out, rank
+        server_round,
+        emulator,
+        num_steps,
+        first_step,
+        settings,
+        seed,
+        tuned,
+        left_out,
+        rank,
+        codec or UpdateCodec(),
     )
     return encode(Payload(adapter, asdict(task)))
 
@@ -74,22 +88,41 @@ class _Task:
     tuned: Part
     left_out: str
     rank: int | None
+    codec: UpdateCodec
 
 
 class Participant:
     """A device: its own data, and the emulators that it holds.
 
     What it holds it knows by hash; the shelf, which simulated devices share, has the tensors.
+
+    Args:
+        client_id: Its name.
+        data: Its examples.
+        shelf: Where emulators are.
+        noise: What its examples are hidden with; one that nobody else has if not given.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
     """
 
-    def __init__(self, client_id: str, data: Examples, shelf: EmulatorShelf) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        data: Examples,
+        shelf: EmulatorShelf,
+        *,
+        noise: NoiseSource | None = None,
+        least_noise: float = 0.0,
+    ) -> None:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
+        self._noise = noise or NoiseSource.fresh()
+        self._least_noise = least_noise
         self._held: set[str] = set()
         self._parts: set[str] = set()
         self._kept: Mapping[str, np.ndarray] = {}
         self._kept_sha256 = ""
+        self._encoder = UpdateEncoder()
         self._kinds: dict[str, Callable[[Payload], Payload]] = {
             "hello": self._hello,
             "hold": self.hold,
@@ -113,13 +146,28 @@ class Participant:
 
     def inventory(self) -> dict[str, Any]:
         """Return what it holds, as plain data that ``restore`` understands."""
-        return {"held": self.held, "parts": self.parts, "kept": self.kept}
+        return {
+            "held": self.held,
+            "parts": self.parts,
+            "kept": self.kept,
+            "unsaid_of": self._encoder.key,
+        }
 
-    def restore(self, inventory: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
+    def unsaid(self) -> dict[str, np.ndarray]:
+        """Return what its updates left out so far, for ``restore``, by part of the adapter."""
+        return dict(self._encoder.residuals)
+
+    def restore(
+        self,
+        inventory: Mapping[str, Any],
+        kept: Mapping[str, np.ndarray],
+        unsaid: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Have again what a resumed run's device had; the shelf must have what is still in use."""
         self._held = set(inventory["held"])
         self._parts = set(inventory["parts"])
         self._keep(kept)
+        self._encoder = UpdateEncoder(inventory.get("unsaid_of", ""), dict(unsaid or {}))
 
     def handle(self, kind: str, content: bytes) -> bytes:
         """Answer one message.
@@ -164,6 +212,11 @@ class Participant:
         task = _read_task(payload.record)
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
+        if not task.settings.noise_multiplier >= self._least_noise:  # NaN compares as false
+            raise AdapterError(
+                f"{self.client_id} tunes with privacy.example_noise_multiplier of at least "
+                f"{self._least_noise:g}, got {task.settings.noise_multiplier}"
+            )
         tunable = self._shelf.get(task.emulator)
         adapter = self._whole(payload.arrays, task.left_out)
         tunable.load(adapter, rank=task.rank)
@@ -177,8 +230,17 @@ class Participant:
                 num_steps=task.num_steps,
                 first_step=task.first_step,
                 seed=task.seed,
+                noise=self._noise_of(task, adapter),
             )
             update = part.state()
+        arrays = self._encoder.encode(
+            update,
+            tuned,
+            task.codec,
+            key=f"{task.emulator}/{task.rank}",
+            part=task.tuned,
+            server_round=task.server_round,
+        )
         record = {
             "server_round": task.server_round,
             "emulator": task.emulator,
@@ -186,7 +248,15 @@ class Participant:
             **asdict(stats),
             "seconds": fixed_width(stats.seconds),
         }
-        return Payload(update, record)
+        return Payload(arrays, record)
+
+    def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
+        """Return the noise of a task: another one whenever anything else is asked.
+
+        Two updates with the same noise, from other adapters say, would differ by what it hides.
+        """
+        asked = {**asdict(task), "left_out": digest(adapter)}
+        return self._noise.child("train", json.dumps(asked, sort_keys=True))
 
     def _whole(self, arrays: Mapping[str, np.ndarray], left_out: str) -> dict[str, np.ndarray]:
         """Return the adapter with the part that the server left out, since it is kept here."""
@@ -219,6 +289,10 @@ def _read_task(record: Mapping[str, Any]) -> _Task:
         rank = record["rank"]
         if rank is not None and (type(rank) is not int or rank < 1):
             raise WireError(f"rank must be a whole number, at least 1, or null, got {rank!r}")
-        return _Task(**{**record, "settings": LocalSettings(**record["settings"])})
+        read = {
+            "settings": LocalSettings(**record["settings"]),
+            "codec": UpdateCodec.read(record["codec"]),
+        }
+        return _Task(**{**record, **read})
     except (KeyError, TypeError) as error:
         raise WireError(f"not a train task: {error!r}") from error

@@ -34,8 +34,10 @@ from fedpeat.core.seeds import derive_seed
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares, with_traffic
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
+from fedpeat.federated.codecs import UpdateCodec
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
+from fedpeat.federated.privacy import Privacy, Steps
 from fedpeat.federated.reception import Reception
 from fedpeat.federated.robust import Averaged, Defence
 from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
@@ -72,6 +74,7 @@ class FederationState:
     last_losses: Mapping[str, float] = field(default_factory=dict)
     num_barren_rounds: int = 0
     num_rejections: Mapping[str, int] = field(default_factory=dict)
+    private_steps: Steps = field(default_factory=dict)
 
 
 class Federation:
@@ -85,7 +88,9 @@ class Federation:
         optimizer: What is done with the average.
         limits: What an update may be.
         defence: What is done against updates that are as they may be, and poisoned.
+        privacy: What is promised to examples and devices.
         settings: How participants train.
+        codec: How devices send their updates.
         server_training: The server's own part; None if it takes none.
         realign: Aligns emulators anew when a plan asks for it; None if that cannot be.
         reception: How devices on other machines are received; None if all are in this process.
@@ -107,7 +112,9 @@ class Federation:
         optimizer: ServerOptimizer,
         limits: Limits,
         defence: Defence | None = None,
+        privacy: Privacy | None = None,
         settings: LocalSettings,
+        codec: UpdateCodec | None = None,
         server_training: ServerTraining | None,
         realign: Realign | None = None,
         reception: Reception | None = None,
@@ -125,7 +132,9 @@ class Federation:
         self._optimizer = optimizer
         self._limits = limits
         self._defence = defence or Defence()
+        self._privacy = privacy or Privacy()
         self._settings = settings
+        self._codec = codec or UpdateCodec()
         self._server_training = server_training
         self._realign = realign
         self._reception = reception
@@ -171,7 +180,11 @@ class Federation:
         warnings = [*warnings, *left_out, *set_aside]
         weights: list[float] = []
         error = None
-        if len(updates) >= self._min_clients:
+        if self._privacy.client is not None and clients:  # even if nobody was drawn or answered
+            new_state, averaged = self._aggregate_privately(state, plan, updates)
+            weights = averaged.weights
+            error = self._product_error(state, updates, weights) if updates else None
+        elif len(updates) >= self._min_clients:
             trust = {name: rung.trust for name, rung in self.rungs.items()}
             weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
             new_state, averaged = self._aggregate(state, updates, weights)
@@ -183,28 +196,52 @@ class Federation:
             shortage = self._shortage(len(updates), list(results.values()), warnings)
             new_state = self._barren(state, updates, shortage)
             warnings = [*warnings, f"the adapter stays as it was: {shortage}"]
-        new_state = replace(new_state, num_rejections=num_rejections)
+        new_state = replace(
+            new_state,
+            num_rejections=num_rejections,
+            private_steps=self._private_steps(state, plan, clients),
+        )
         share_of = dict(zip((u.result.client_id for u in updates), weights, strict=False))
         participants = tuple(
-            replace(result, weight=share_of.get(client_id, 0.0))
+            replace(
+                result,
+                weight=share_of.get(client_id, 0.0),
+                epsilon=self._epsilon_of(client_id, new_state),
+            )
             for client_id, result in results.items()
         )
         return new_state, RoundResult(
             server_round=server_round,
-            train_loss=float(np.mean([u.mean_loss for u in updates])) if updates else None,
+            train_loss=_mean([u.mean_loss for u in updates if u.mean_loss is not None]),
             update_norm=update_norm(new_state.adapter, state.adapter),
             product_error=error,
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
             bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
+            bytes_up_plain=sum(sent.bytes_up for sent in exchange.traffic.values())
+            + sum(outcome.bytes_saved for outcome in outcomes),
             num_tokens=sum(r.num_tokens for r in participants),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
             refresh_bytes=refresh_bytes,
             simulated=plan.simulated,
             set_aside=tuple(self._defence.set_aside(num_rejections)),
+            privacy=self._privacy.record(new_state.private_steps, server_round),
             warnings=tuple(warnings),
         )
+
+    def _private_steps(
+        self, state: FederationState, plan: RoundPlan, clients: Mapping[str, ClientState]
+    ) -> Steps:
+        if self._privacy.example is None:
+            return state.private_steps
+        num_examples = {name: client.num_examples for name, client in clients.items()}
+        return self._privacy.example.after(state.private_steps, plan, num_examples)
+
+    def _epsilon_of(self, client_id: str, state: FederationState) -> float | None:
+        if self._privacy.example is None or client_id not in state.private_steps:
+            return None
+        return self._privacy.example.epsilon(state.private_steps[client_id])
 
     def _align(self, state: FederationState, clients: dict[str, ClientState]) -> Mapping[str, int]:
         """Align the emulators anew; what devices hold of them is then no longer the rung."""
@@ -278,7 +315,8 @@ class Federation:
         rungs = tuple(name for name, rung in self.rungs.items() if rung.sha256 in held)
         held_parts = check_held("emulator_parts", record.get("emulator_parts"))
         kept = next((sha256 for sha256 in parts if sha256 == record.get("kept")), "")
-        last_loss = state.last_losses.get(node)
+        is_hidden = self._privacy.client is not None  # who is chosen must not tell of its data
+        last_loss = None if is_hidden else state.last_losses.get(node)
         return ClientState(
             node, record["num_examples"], rungs, frozenset(held_parts), last_loss, kept
         )
@@ -335,7 +373,7 @@ class Federation:
                 server_round,
                 client,
                 starts[client.client_id],
-                clients[client.client_id].kept_part,
+                clients[client.client_id],
                 lasting[client.rung],
             )
             for client in ready
@@ -352,9 +390,11 @@ class Federation:
         outcomes = []
         for client in plan.cohort:
             expected = {"server_round": server_round, "emulator": self.rungs[client.rung].sha256}
+            if self._privacy.example is not None:  # losses would tell what the noise hides
+                expected |= dict.fromkeys(("first_loss", "last_loss", "mean_loss"))
             reply = replies.pop(client.client_id, None)  # its bytes are free once it is decoded
             start = part_of(starts[client.client_id], tuned)
-            outcome = judge(client.client_id, reply, start, expected, self._limits)
+            outcome = judge(client.client_id, reply, start, expected, self._limits, self._codec)
             sent = exchange.traffic[client.client_id]
             outcomes.append(with_traffic(outcome, sent, client.rung))
         start = part_of(state.adapter, tuned)
@@ -395,9 +435,12 @@ class Federation:
         server_round: int,
         client: ClientPlan,
         start: State,
-        kept: str,
+        known_of: ClientState,
         lasting: Mapping[str, State],
     ) -> bytes:
+        kept, settings = known_of.kept_part, self._settings
+        if self._privacy.example is not None:
+            settings = self._privacy.example.settings(settings, known_of.num_examples)
         known = lasting.get(kept, {})  # what it kept on another rung is of no use on this one
         return train_message(
             {name: array for name, array in start.items() if name not in known},
@@ -405,11 +448,12 @@ class Federation:
             emulator=self.rungs[client.rung].sha256,
             num_steps=client.local_steps,
             first_step=(server_round - 1) * client.local_steps,
-            settings=self._settings,
+            settings=settings,
             seed=derive_seed(self._seed, "client", client.client_id),
             tuned=self._lora.tuned_part(server_round),
             left_out=kept if known else "",
             rank=self._lora.client_ranks.get(client.client_id),
+            codec=self._codec,
         )
 
     def _train_server(
@@ -430,10 +474,29 @@ class Federation:
         current = pieces.cut(state.adapter, {})
         trusted = [u.result.role == "server" for u in updates]
         averaged = self._defence.average(tuned, weights, trusted, current, self._lora)
-        new, moments = self._optimizer.step(current, averaged.tensors, dict(state.moments))
+        return self._stepped(state, updates, pieces, averaged), averaged
+
+    def _aggregate_privately(
+        self, state: FederationState, plan: RoundPlan, updates: list[Outcome]
+    ) -> tuple[FederationState, Averaged]:
+        assert self._privacy.client is not None
+        pieces = Pieces(state.adapter, [rung.slices for rung in self.rungs.values()])
+        tuned = [pieces.cut(u.arrays, self._slices_of(u)) for u in updates]
+        rung = next(iter(self.rungs.values()))  # all have the same tensors, or there is but one
+        part = self._lora.tuned_part(state.server_round + 1)
+        held = pieces.cut(part_of(rung.own(state.adapter), part), rung.slices)
+        trusted = [u.result.role == "server" for u in updates]
+        averaged = self._privacy.client.average(tuned, trusted, held, plan, state.server_round + 1)
+        return self._stepped(state, updates, pieces, averaged), averaged
+
+    def _stepped(
+        self, state: FederationState, updates: list[Outcome], pieces: Pieces, averaged: Averaged
+    ) -> FederationState:
+        current, moments = pieces.cut(state.adapter, {}), dict(state.moments)
+        new, moments = self._optimizer.step(current, averaged.tensors, moments)
         return FederationState(
             state.server_round + 1, pieces.join(new), moments, _losses_after(state, updates)
-        ), averaged
+        )
 
     def _shortage(
         self, num_accepted: int, results: list[ParticipantResult], warnings: list[str]
@@ -463,7 +526,12 @@ class Federation:
 
 
 def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:
-    return {**state.last_losses, **{u.result.client_id: u.mean_loss for u in updates}}
+    new = {u.result.client_id: u.mean_loss for u in updates if u.mean_loss is not None}
+    return {**state.last_losses, **new}
+
+
+def _mean(losses: list[float]) -> float | None:
+    return float(np.mean(losses)) if losses else None
 
 
 def peak_rss_bytes() -> int:

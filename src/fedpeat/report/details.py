@@ -16,7 +16,7 @@ from fedpeat.report.quantities import (
     ratio_text,
     seconds_text,
 )
-from fedpeat.report.records import UNITS, RoundRecord, RunData, Summary
+from fedpeat.report.records import UNITS, PrivacyFacts, RoundRecord, RunData, Summary
 
 __all__ = [
     "config_section",
@@ -70,6 +70,11 @@ _GLOSSARY: Final = (
         "How alike the adapter's gradients are on emulator and full model, 1 for the same "
         "direction: what a device learns on the one is then right for the other.",
     ),
+    (
+        "Epsilon",
+        "How much better anybody can tell from the adapters whether a device, or one example of a "
+        "device, took part: the smaller, the less; it fails with a chance of delta.",
+    ),
     ("Update norm", "How far one round moved the adapter (Euclidean distance)."),
     (
         "Product error",
@@ -108,6 +113,9 @@ def facts_section(run: RunData) -> Html:
         element("div", element("h3", "Emulator"), _emulator(summary)),
         element("div", element("h3", "Adapter"), _adapter(summary)),
         element("div", *groups),
+        element("div", element("h3", "Privacy"), _facts(_promises(summary.privacy)))
+        if summary.privacy
+        else "",
         class_="groups",
     )
 
@@ -166,6 +174,25 @@ def _adapter(summary: Summary) -> Html:
             ("Size", bytes_text(adapter.num_bytes)),
         ]
     )
+
+
+def _promises(privacy: PrivacyFacts) -> list[tuple[str, str]]:
+    """Return what was promised to each kind of unit, and where the noise came from."""
+    pairs = []
+    for promise in privacy.promises:
+        noise = promise.noise_multiplier
+        told = "by device" if noise is None else number_text(noise, 3)
+        pairs += [
+            (f"Epsilon of a {promise.unit}", number_text(promise.epsilon, 3)),
+            ("Noise multiplier", told),
+            ("Clipped to", number_text(promise.clip_norm, 3)),
+        ]
+        if promise.sample_rate is not None:
+            drawn = promise.sample_rate < 1
+            rate = f"with chance {number_text(promise.sample_rate, 3)}" if drawn else "no"
+            pairs.append(("Drawn in secret", rate))
+    origin = "a secret key" if privacy.is_secret else "the run's seed: for experiments alone"
+    return [*pairs, ("Delta", number_text(privacy.delta)), ("Noise from", origin)]
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

@@ -10,6 +10,7 @@ from fedpeat.core.errors import DataError
 from fedpeat.report.audit import load_audit
 from fedpeat.report.controller import load_trained
 from fedpeat.report.fields import Fields, parse_object, read_text
+from fedpeat.report.privacy_audit import load_privacy_audit
 from fedpeat.report.records import (
     BESIDE,
     METRICS,
@@ -20,6 +21,8 @@ from fedpeat.report.records import (
     Cost,
     EmulatorFacts,
     Participation,
+    PrivacyFacts,
+    Promise,
     Quality,
     RoundRecord,
     RunData,
@@ -89,6 +92,7 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         summary=summary,
         reference=reference,
         audit=load_audit(folder),
+        privacy_audit=load_privacy_audit(folder),
         trained=load_trained(folder),
         notes=lines.notes() if lines else (),
     )
@@ -226,6 +230,7 @@ def _summary(fields: Fields) -> Summary:
         best_round=fields.amount("best_round"),
         emulator=_emulator(fields.child("emulator")),
         adapter=_adapter(fields.child("adapter")),
+        privacy=_privacy(fields.child("privacy")),
         cost=_cost(fields.child("cost") or Fields({}, fields.where)),
         versions=_versions(fields.child("versions")),
     )
@@ -262,6 +267,27 @@ def _adapter(fields: Fields | None) -> AdapterFacts | None:
         return None
     return AdapterFacts(
         fields.text("peft"), fields.amount("num_parameters"), fields.amount("num_bytes")
+    )
+
+
+def _privacy(fields: Fields | None) -> PrivacyFacts | None:
+    if fields is None:
+        return None
+    levels = [(name, fields.child(name)) for name in ("example", "client")]
+    return PrivacyFacts(
+        fields.number("delta"),
+        fields.choice("noise", ("secret", "seed")) == "secret",
+        tuple(_promise(name, found) for name, found in levels if found),
+    )
+
+
+def _promise(level: str, fields: Fields) -> Promise:
+    return Promise(
+        unit=fields.text("unit") if level == "example" else "device",
+        epsilon=fields.number("epsilon"),
+        noise_multiplier=fields.number("noise_multiplier"),
+        clip_norm=fields.number("clip_norm"),
+        sample_rate=fields.number("sample_rate"),
     )
 
 

@@ -163,6 +163,29 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What noise promises to one kind of unit."""
+
+    unit: str
+    epsilon: float | None
+    noise_multiplier: float | None
+    """None where each device has the noise for its own number of examples."""
+    clip_norm: float | None
+    sample_rate: float | None = None
+    """Chance of a device to be in a round; 1 where it is not drawn. None for examples."""
+
+
+@dataclass(frozen=True)
+class PrivacyFacts:
+    """What the run hid."""
+
+    delta: float | None
+    is_secret: bool
+    """Whether nobody else can draw the noise again."""
+    promises: tuple[Promise, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """summary.json, written when a run ends."""
 
@@ -177,6 +200,7 @@ class Summary:
     """The round whose adapter, best on the validation split, gave the result."""
     emulator: EmulatorFacts | None = None
     adapter: AdapterFacts | None = None
+    privacy: PrivacyFacts | None = None
     cost: Cost = field(default_factory=Cost)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -224,6 +248,53 @@ class Audit:
     public_text: str
     held_out: str
     emulators: tuple[AuditedEmulator, ...]
+
+
+@dataclass(frozen=True)
+class MembershipAttack:
+    """How well one attack tells the examples in an update from others."""
+
+    name: str
+    auc: float | None
+    low: float | None
+    high: float | None
+    tpr: float | None
+    """Share of the members found at 1 % of false alarms."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Attacks on one kind of update behind one defence."""
+
+    training: str
+    defence: str
+    epsilon: float | None
+    num_members: float | None
+    num_others: float | None
+    attacks: tuple[MembershipAttack, ...]
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Texts read back from one kind of update behind one defence."""
+
+    training: str
+    defence: str
+    epsilon: float | None
+    num_texts: float | None
+    rouge_1: float | None
+    rouge_l: float | None
+    baseline_rouge_1: float | None
+    baseline_rouge_l: float | None
+
+
+@dataclass(frozen=True)
+class PrivacyAudit:
+    """privacy_audit.json."""
+
+    num_devices: float | None
+    membership: tuple[Membership, ...]
+    inversion: tuple[Inverted, ...]
 
 
 @dataclass(frozen=True)
@@ -284,6 +355,8 @@ class RunData:
     """The run of the upper bound, ``full_tuned``, if this run has one."""
     audit: Audit | None = None
     """What the emulator gives away, if it was audited."""
+    privacy_audit: PrivacyAudit | None = None
+    """What updates give away, if that was audited."""
     trained: Trained | None = None
     """What the run was steered by, if that was trained."""
     notes: tuple[str, ...] = ()

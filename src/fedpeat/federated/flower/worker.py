@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpeat.core.errors import FedPEATError, WireError
+from fedpeat.core.errors import EmulatorError, FedPEATError, WireError
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
+from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.shelf import EmulatorShelf
@@ -40,6 +41,10 @@ class Device:
         shelf: Emulators in its memory.
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
+        max_emulator_bytes: Largest emulator that it takes [byte]; any if None.
+        least_noise: Noise multiplier below which it does not tune; 0 for any.
+
+    What it hides its examples with is drawn anew whenever it is started.
     """
 
     def __init__(
@@ -49,12 +54,17 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        *,
+        max_emulator_bytes: int | None = None,
+        least_noise: float = 0.0,
     ) -> None:
         self._name = name
         self._cache = cache
         self._shelf = shelf
         self._read_data = read_data
         self._say = say
+        self._max_emulator_bytes = max_emulator_bytes
+        self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
 
@@ -105,7 +115,9 @@ class Device:
         payload = decode(content)
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
-        self._participant = Participant(self._name, data, self._shelf)
+        self._participant = Participant(
+            self._name, data, self._shelf, least_noise=self._least_noise
+        )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
         return encode(Payload(record={"welcome": self._welcome}))
@@ -113,13 +125,32 @@ class Device:
     def _hold(self, content: bytes) -> bytes:
         assert self._participant is not None
         record = decode(content).record
+        parts = _listed_parts(record)
+        self._require_room(sum(parts.values()))
         num_bytes = self._cache.fetch(_offers(record.get("fetch")))
-        parts = [part["sha256"] for part in record["manifest"]["parts"]]
         whole = Payload(self._cache.arrays(parts), record)
         answer = self._participant.hold(whole).record
         self._cache.forget_all_but(record["current"])
         self._say(f"holds emulator {str(answer['held'])[:12]} ({num_bytes:,} bytes came)")
         return encode(Payload(record={**answer, "fetched_bytes": num_bytes}))
+
+    def _require_room(self, num_bytes: int) -> None:
+        """Refuse an emulator that this device cannot hold, before it is fetched."""
+        most = self._max_emulator_bytes
+        if most is not None and num_bytes > most:
+            raise EmulatorError(
+                f"{self._name} can hold an emulator of at most {most:,} bytes, this one has "
+                f"{num_bytes:,}; it waits for a smaller rung"
+            )
+
+
+def _listed_parts(record: Mapping[str, Any]) -> dict[str, int]:
+    """Return the length of each part of the emulator in a "hold" message, by its hash."""
+    try:
+        parts = record["manifest"]["parts"]
+        return {str(part["sha256"]): int(part["num_bytes"]) for part in parts}
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a hold message must list the parts of an emulator: {error!r}") from error
 
 
 def _offers(value: object) -> dict[str, Offer]:
@@ -134,7 +165,7 @@ def _offers(value: object) -> dict[str, Offer]:
         raise WireError(f"an offer must have num_bytes and token: {error!r}") from error
 
 
-def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> None:
+def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
     """Answer messages on a Unix socket, which only this user can reach, until told to end."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -150,7 +181,7 @@ def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> No
                 _answer_one(link, device, say)
 
 
-def _answer_one(link: socket.socket, device: Device, say: Callable[[str], object]) -> None:
+def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
         kind, content = receive(link).decode(), receive(link)
         try:
