@@ -21,7 +21,7 @@ from fedpeat.federated.in_process import Handler, InProcessTransport
 
 __all__ = ["Outcome", "in_process", "run_with_faults"]
 
-LIMIT_SECONDS = 600.0
+LIMIT_SECONDS = 900.0
 _LOOK_SECONDS = 0.25
 _PATIENCE_SECONDS = 15.0  # for a program that is to be killed, before another one is
 _TIMES = {"seconds", "elapsed_seconds", "peak_rss_bytes"}
