@@ -8,9 +8,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# All that fedpeat imports comes before it: within jaxtyping's hook it would be compiled each time.
+import peft  # noqa: F401
 import pytest
 import torch
 
+import typechecker  # noqa: F401 - before anything of fedpeat is imported
 from tiny import save_tiny_llama, tiny_processor, tiny_vit, write_corpus, write_images
 
 torch.set_num_threads(1)

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from fedpeat.core.run_folder import RunFolder, storage_errors, write_atomically
 from fedpeat.core.run_lock import is_locked
 from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
 from fedpeat.experiments.methods import METHODS
+from fedpeat.experiments.news import NewsReader
+from fedpeat.experiments.run import check_same_run
 from fedpeat.federated.flower.gate import GateSettings
 from fedpeat.federated.flower.keys import ServerKeys, server_keys
 from fedpeat.federated.flower.processes import (
@@ -32,8 +35,9 @@ from fedpeat.federated.flower.processes import (
     environment,
     tool,
 )
+from fedpeat.report.status_server import StatusServer
 
-__all__ = ["serve"]
+__all__ = ["live_page", "serve"]
 
 _LINK = "fleet"
 _LOOK_SECONDS = 0.5
@@ -70,15 +74,31 @@ def serve(config: Config, say: Say, *, resume: bool = False, overwrite: bool = F
     _prepare(config, keys, fleet, RunFolder(folder), resume=resume, overwrite=overwrite)
     _require_free(config.fleet.host, config.fleet.port)
     end_on_sigterm()
-    supervisor = Supervisor(_programs(config, keys, fleet), say)
+    superlink, *others = _programs(config, keys, fleet)
+    supervisor = Supervisor([superlink], say)
     try:
-        _wait_until_healthy(supervisor, fleet, keys)
-        say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
-        _register(fleet, keys, supervisor, say)
-        _see_through(fleet, folder, supervisor, say)
+        with live_page(config, folder, say):
+            _wait_until_healthy(supervisor, fleet, keys)
+            _register(fleet, keys, supervisor, say)
+            supervisor.add(others)  # the gate opens once all who may come in are known
+            say(f"open for devices on {config.fleet.host}:{config.fleet.port}")
+            _see_through(fleet, folder, supervisor, say)
     finally:
         supervisor.stop()
     return folder
+
+
+def live_page(config: Config, folder: Path, say: Say) -> AbstractContextManager[object]:
+    """Return the page that shows the run as it goes, once it is entered, and say where it is."""
+    if config.fleet.status_port is None:
+        return nullcontext()
+    token = os.environ.get("FEDPEAT_STATUS_TOKEN")
+    host, port = config.fleet.status_host, config.fleet.status_port
+    page = StatusServer(folder, host, port, token, must_be_run=False)
+    say(f"live page: {page.url}")
+    if page.is_open:
+        say("others can reach it, and what is sent is not encrypted; who has the token sees all")
+    return page
 
 
 def _require_for_a_fleet(config: Config) -> None:
@@ -111,6 +131,9 @@ def _prepare(
         raise ConfigError(
             f"{run_folder.path} already holds a run; --resume goes on, --overwrite starts anew"
         )
+    settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    if begun and not overwrite:
+        check_same_run(run_folder, settings)
     if begun and overwrite:
         run_folder.create()
         run_folder.clear()
@@ -120,8 +143,9 @@ def _prepare(
         fleet.path.chmod(0o700)
         fleet.home.mkdir(exist_ok=True)
         fleet.outcome.unlink(missing_ok=True)
-    settings = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+        fleet.news.unlink(missing_ok=True)
     write_atomically(fleet.config, config_to_yaml(settings))
+    write_atomically(fleet.ca, keys.ca.read_text())
     write_atomically(fleet.devices, json.dumps(sorted(keys.devices)))
     fleet.write_app()
     link = f'[superlink.{_LINK}]\naddress = "127.0.0.1:{fleet.superlink_port()}"\n'
@@ -260,11 +284,14 @@ def _flwr(fleet: FleetFolder, arguments: list[str]) -> Any:
 
 def _see_through(fleet: FleetFolder, folder: Path, supervisor: Supervisor, say: Say) -> None:
     """Submit the run, again whenever its process is gone, until it has ended."""
-    submission = _Submission(fleet)
+    submission, news = _Submission(fleet), NewsReader(fleet.news)
     num_submissions, last_round = 0, -1
     while True:
         supervisor.look()
-        if fleet.outcome.exists():
+        is_over = fleet.outcome.exists()
+        for text in news.new():
+            say(text)
+        if is_over:
             outcome = json.loads(fleet.outcome.read_text())
             if outcome["exit_code"] == 0:
                 return
@@ -274,8 +301,6 @@ def _see_through(fleet: FleetFolder, folder: Path, supervisor: Supervisor, say: 
             say(f"the run stopped: {outcome['error']}")
         server_round = _last_round(folder)
         if server_round > last_round:
-            if last_round >= 0:
-                say(f"round {server_round} done")
             last_round, num_submissions = server_round, 0
         if _is_alive(fleet, folder):
             submission.came_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 _GRACE_SECONDS = 5.0
+_TAIL_BYTES = 4096
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LAST_WORDS = re.compile(r"Exit Code: \d+\n(.+?)(?:\n\n|\Z)", re.DOTALL)  # at the end of a log
 _LASTING_SECONDS = 30.0  # a program that ran as long is well
 _MOST_BACK_OFF_SECONDS = 64.0
 
@@ -88,6 +92,7 @@ class Program:
     start_at: float = field(default=0.0, init=False)
     started_at: float = field(default=0.0, init=False)
     num_starts: int = field(default=0, init=False)
+    log_start: int = field(default=0, init=False)
     num_failures: int = field(default=0, init=False)
 
     def wait_after_end(self) -> float:
@@ -110,6 +115,10 @@ class Supervisor:
         self._programs = list(programs)
         self._say = say
 
+    def add(self, programs: Sequence[Program]) -> None:
+        """Keep further programs running, from the next look on."""
+        self._programs += programs
+
     def look(self) -> None:
         """Start what is not running and is due."""
         for program in self._programs:
@@ -117,8 +126,8 @@ class Supervisor:
             if process is not None and process.poll() is not None:
                 seconds = program.wait_after_end()
                 self._say(
-                    f"{program.name} ended with {process.returncode}; again in {seconds:g} s "
-                    f"(see {program.log})"
+                    f"{program.name} ended with {process.returncode}; again in {seconds:g} s"
+                    f"{_last_words(program)} (see {program.log})"
                 )
                 program.process = None
                 program.start_at = time.monotonic() + seconds
@@ -140,9 +149,22 @@ class Supervisor:
             program.process = None
 
 
+def _last_words(program: Program) -> str:
+    """Return why a program of Flower ended, as its log says: ": REASON", or nothing."""
+    try:
+        with program.log.open("rb") as file:
+            file.seek(max(program.log_start, program.log.stat().st_size - _TAIL_BYTES))
+            text = _COLOURS.sub("", file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    found = _LAST_WORDS.findall(text)
+    return f": {' '.join(found[-1].split())}" if found else ""
+
+
 def _start(program: Program) -> None:
     program.log.parent.mkdir(parents=True, exist_ok=True)
     with program.log.open("ab") as log:
+        program.log_start = log.tell()
         program.process = subprocess.Popen(  # noqa: S603 - our own list of programs
             [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *program.command],
             env=dict(program.env),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpeat.core.errors import FedPEATError, WireError
+from fedpeat.core.errors import EmulatorError, FedPEATError, WireError
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
@@ -22,6 +22,7 @@ from fedpeat.federated.flower.cache import Offer, PartCache
 from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, send
 from fedpeat.federated.participant import Participant
+from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.shelf import EmulatorShelf
 
 __all__ = ["Device", "serve_device"]
@@ -41,6 +42,8 @@ class Device:
         shelf: Emulators in its memory.
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
+        secure: Its side of secure aggregation; None if its updates go in clear.
+        max_emulator_bytes: Largest emulator that it takes [byte]; any if None.
         least_noise: Noise multiplier below which it does not tune; 0 for any.
 
     What it hides its examples with is drawn anew whenever it is started.
@@ -53,7 +56,9 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        secure: SecureSide | None = None,
         *,
+        max_emulator_bytes: int | None = None,
         least_noise: float = 0.0,
     ) -> None:
         self._name = name
@@ -61,6 +66,8 @@ class Device:
         self._shelf = shelf
         self._read_data = read_data
         self._say = say
+        self._secure = secure
+        self._max_emulator_bytes = max_emulator_bytes
         self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
@@ -113,7 +120,7 @@ class Device:
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
         self._participant = Participant(
-            self._name, data, self._shelf, least_noise=self._least_noise
+            self._name, data, self._shelf, self._secure, least_noise=self._least_noise
         )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
@@ -122,13 +129,32 @@ class Device:
     def _hold(self, content: bytes) -> bytes:
         assert self._participant is not None
         record = decode(content).record
+        parts = _listed_parts(record)
+        self._require_room(sum(parts.values()))
         num_bytes = self._cache.fetch(_offers(record.get("fetch")))
-        parts = [part["sha256"] for part in record["manifest"]["parts"]]
         whole = Payload(self._cache.arrays(parts), record)
         answer = self._participant.hold(whole).record
         self._cache.forget_all_but(record["current"])
         self._say(f"holds emulator {str(answer['held'])[:12]} ({num_bytes:,} bytes came)")
         return encode(Payload(record={**answer, "fetched_bytes": num_bytes}))
+
+    def _require_room(self, num_bytes: int) -> None:
+        """Refuse an emulator that this device cannot hold, before it is fetched."""
+        most = self._max_emulator_bytes
+        if most is not None and num_bytes > most:
+            raise EmulatorError(
+                f"{self._name} can hold an emulator of at most {most:,} bytes, this one has "
+                f"{num_bytes:,}; it waits for a smaller rung"
+            )
+
+
+def _listed_parts(record: Mapping[str, Any]) -> dict[str, int]:
+    """Return the length of each part of the emulator in a "hold" message, by its hash."""
+    try:
+        parts = record["manifest"]["parts"]
+        return {str(part["sha256"]): int(part["num_bytes"]) for part in parts}
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a hold message must list the parts of an emulator: {error!r}") from error
 
 
 def _offers(value: object) -> dict[str, Offer]:
