@@ -25,7 +25,7 @@ from faults.fleet import Materials, config_in
 from faults.runner import in_process, run_with_faults
 from faults.scenario import drawn
 
-TOLERANCE_RATIO = 0.01
+TOLERANCE_RATIO = 0.02
 
 
 def main() -> None:
