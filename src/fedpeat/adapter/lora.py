@@ -219,7 +219,8 @@ def _squared_norm(
 
 def _filled(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return a matrix in float64, filled up with zeros to a shape."""
-    return _stacked([matrix], shape)[0]
+    filled: np.ndarray = _stacked([matrix], shape)[0]
+    return filled
 
 
 def _stacked(matrices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
