@@ -219,8 +219,8 @@ def _squared_norm(
 
 def _filled(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return a matrix in float64, filled up with zeros to a shape."""
-    filled: np.ndarray = _stacked([matrix], shape)[0]
-    return filled
+    (filled,) = _stacked([matrix], shape)
+    return np.asarray(filled)
 
 
 def _stacked(matrices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
