@@ -8,6 +8,7 @@ blocks in common, and nobody is sent a part twice.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping, MutableMapping
 
 import safetensors.torch
@@ -27,6 +28,7 @@ __all__ = [
     "read_part",
     "short",
     "split",
+    "tensor_names",
     "untied_state",
 ]
 
@@ -82,6 +84,24 @@ def read_part(content: bytes) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not limit and not bool(tensor.isfinite().all()):
             raise EmulatorError(f"{name} has values that are not finite")
     return tensors
+
+
+def tensor_names(content: bytes) -> list[str]:
+    """Return the names of a part's tensors; what is in its file belongs to one of them.
+
+    Raises:
+        EmulatorError: If it is no safetensors file, or has bytes that belong to none.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        end = max((item["data_offsets"][1] for item in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error!r}") from error
+    if start + end != len(content):
+        raise EmulatorError(f"a part of {len(content)} bytes has some that belong to no tensor")
+    return list(header)
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:

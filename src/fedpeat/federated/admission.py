@@ -14,12 +14,11 @@ from fedpeat.core.records import ParticipantResult, Reply, Status
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.exchange import Sent
-from fedpeat.federated.screening import Limits, screen, shown
+from fedpeat.federated.screening import Limits, longest_update, one_line, screen, shown
 
 __all__ = ["SERVER_ID", "Outcome", "admit", "judge", "shares", "with_traffic"]
 
 SERVER_ID = "server"
-_MAX_REASON = 300
 _PLAIN = UpdateCodec()
 _SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
 
@@ -57,7 +56,7 @@ def judge(
     if reply.content is None:
         return _refused(client_id, "dropped" if reply.lost else "failed", reply.error)
     try:
-        sent = decode(reply.content)
+        sent = decode(reply.content, longest_update(current))
         plain = Payload(decode_update(sent.arrays, current, codec), sent.record)
         outcome = admit(client_id, _with_seconds(plain), current, expected, limits)
     except WireError as error:
@@ -150,7 +149,7 @@ def _with_seconds(payload: Payload) -> Payload:
 
 
 def _refused(client_id: str, status: Status, reason: str) -> Outcome:
-    short = " ".join(reason.split())[:_MAX_REASON] or "no reason given"
+    short = one_line(reason) or "no reason given"
     return Outcome(ParticipantResult(client_id, _role(client_id), status, short))
 
 

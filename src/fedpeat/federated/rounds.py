@@ -40,7 +40,15 @@ from fedpeat.federated.participant import train_message
 from fedpeat.federated.privacy import Privacy, Steps
 from fedpeat.federated.reception import Reception
 from fedpeat.federated.robust import Averaged, Defence
-from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
+from fedpeat.federated.screening import (
+    MAX_ANSWER_BYTES,
+    Limits,
+    check_held,
+    check_num_examples,
+    longest_update,
+    one_line,
+    shown,
+)
 from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
 
@@ -295,7 +303,7 @@ class Federation:
             try:
                 clients[node] = self._client_state(node, replies.get(node), state, parts)
             except WireError as error:
-                warnings.append(f"{shown(node)} sits out: {error}")
+                warnings.append(f"{shown(node)} sits out: {one_line(str(error))}")
         return clients, warnings
 
     def _client_state(
@@ -309,7 +317,7 @@ class Federation:
             raise WireError(f"no device may be called {SERVER_ID!r}")
         if reply is None or reply.content is None:
             raise WireError(reply.error if reply is not None else "no answer before the deadline")
-        record = decode(reply.content).record
+        record = decode(reply.content, MAX_ANSWER_BYTES).record
         check_num_examples(record.get("num_examples"), self._limits.max_examples)
         held = check_held("held", record.get("held"))
         rungs = tuple(name for name, rung in self.rungs.items() if rung.sha256 in held)
@@ -385,7 +393,8 @@ class Federation:
             quorum_ratio=self._quorum_ratio,
         )
         if self._reception is not None:
-            self._reception.remember(answers)
+            longest = {c: longest_update(part_of(starts[c], tuned)) for c in answers}
+            self._reception.remember(answers, longest)
         replies: dict[str, Reply | None] = {**answers, **unequipped}
         outcomes = []
         for client in plan.cohort:
@@ -426,8 +435,12 @@ class Federation:
                 tasks[client.client_id] = messages[case]
         replies = exchange.collect("hold", tasks)
         if self._reception is not None:
-            self._reception.count_fetched(replies, exchange)
-        answers = {client_id: replies.get(client_id) for client_id in tasks}
+            offered = {
+                c.client_id: sum(map(len, self.rungs[c.rung].parts.values())) for c in plan.cohort
+            }
+            self._reception.count_fetched(replies, exchange, offered)
+        wanted = {c.client_id: self.rungs[c.rung].sha256 for c in plan.cohort}
+        answers = {c: _if_held(replies.get(c), wanted[c]) for c in tasks}
         return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
 
     def _train_task(
@@ -523,6 +536,19 @@ class Federation:
             last_losses=_losses_after(state, updates),
             num_barren_rounds=num_barren_rounds,
         )
+
+
+def _if_held(reply: Reply | None, sha256: str) -> Reply | None:
+    """Return the reply to a "hold" message; a failure if it does not say that all is there."""
+    if reply is None or reply.content is None:
+        return reply
+    try:
+        held = decode(reply.content, MAX_ANSWER_BYTES).record.get("held")
+    except WireError as error:
+        return replace(reply, content=None, error=str(error))
+    if held != sha256:
+        return replace(reply, content=None, error=f"held must be {sha256[:12]}, got {shown(held)}")
+    return reply
 
 
 def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:
