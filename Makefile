@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lock clean
+.PHONY: help demo test check check-types check-rest format lock clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[.a-z]+:.*##/ { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
@@ -22,12 +22,17 @@ demo: $(STAMP)  ## tune the bundled model on this Python's own source, offline, 
 	$(BIN)/fedpeat run examples/demo.yaml --overwrite
 
 test: $(STAMP)  ## run the tests, offline, on all cores (PYTEST="-k wire -x" adds options)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 check: $(STAMP)  ## check format, style, types, layers and spelling
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 check-types check-rest
+
+check-types: $(STAMP)  # takes as long as all the rest, and runs beside it
+	$(BIN)/mypy
+
+check-rest: $(STAMP)
 	$(BIN)/ruff format --check --output-format concise .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedpeat.data.images import ImageInputs, ImageSet
 from fedpeat.data.packing import PackedText
@@ -53,6 +55,40 @@ def tiny_model(
         for matrix in [p for p in model.parameters() if p.ndim > 1]:
             torch.nn.init.normal_(matrix, std=0.2)  # so large that every block matters
     return frozen(model, torch.device("cpu"))
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Save a tiny LLaMA with its tokenizer as the Hub has them; return the folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    tiny_model("llama", num_blocks=6).save_pretrained(folder)
+    return folder
+
+
+def write_corpus(path: Path, num_owners: int = 4) -> Path:
+    """Write a JSONL file of 240 short texts that belong to a few owners; return the file."""
+    rng = np.random.default_rng(0)
+    lines = [
+        {
+            "text": " ".join(rng.choice(WORDS, 24)),
+            "owner": f"site-{i % num_owners}",
+            "topic": f"topic-{i % 3}",
+        }
+        for i in range(240)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def random_ids(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

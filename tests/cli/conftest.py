@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tiny import tiny_settings
 
 Refused = Callable[..., str]
 ConfigFile = Callable[..., Path]
+FinishedRun = Callable[[int], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +62,29 @@ def config_file(model_dir: Path, corpus_file: Path, tmp_path: Path) -> ConfigFil
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished_runs(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """Return a function of a number of rounds: the folder of such a run, made once, for copies."""
+
+    @cache
+    def made(num_rounds: int) -> Path:
+        folder = tmp_path_factory.mktemp("finished")
+        settings = tiny_settings(model_dir, corpus_file, folder)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump({**settings, "federated": {"num_rounds": num_rounds}}))
+        main(["run", str(path)])
+        return folder / "tiny"
+
+    return made
+
+
+@pytest.fixture
+def finished_run(finished_runs: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """Return a function that copies a finished run to where that of ``config_file`` would be."""
+    return lambda num_rounds: Path(
+        shutil.copytree(finished_runs(num_rounds), tmp_path / "runs" / "tiny")
+    )

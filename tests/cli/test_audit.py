@@ -17,10 +17,9 @@ SMALL = ["--public-text", "server", "--budget", "256", "--batch-size", "4"]
 
 
 @pytest.fixture
-def finished(config_file: ConfigFile, tmp_path: Path) -> Path:
+def finished(finished_run: Callable[[int], Path]) -> Path:
     """Return the folder of a run of no rounds, which has an emulator all the same."""
-    main(["run", str(config_file(federated={"num_rounds": 0}))])
-    return tmp_path / "runs" / "tiny"
+    return finished_run(0)
 
 
 def test_audit_shows_attacks_and_verdicts(

@@ -27,10 +27,9 @@ ConfigFile = Callable[..., Path]
 
 
 @pytest.fixture
-def finished(config_file: ConfigFile, tmp_path: Path) -> Path:
-    """Return the folder of a finished run."""
-    main(["run", str(config_file(federated={"num_rounds": 2}))])
-    return tmp_path / "runs" / "tiny"
+def finished(finished_run: Callable[[int], Path]) -> Path:
+    """Return the folder of a finished run, of the test's own."""
+    return finished_run(2)
 
 
 # --- what is right ------------------------------------------------------------------------------

@@ -107,17 +107,12 @@ def test_watch_refuses_a_place_and_a_token_that_will_not_do(refused: Refused, fo
 def test_watch_serves_until_ctrl_c_and_prints_a_token_where_one_is_needed(
     folder: Path, where: str
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fedpeat",
-        "watch",
-        str(folder),
-        "--host",
-        where,
-        "--port",
-        "0",
-    ]
+    listening = (  # a shell that started the tests in the background has Ctrl-C ignored
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('fedpeat', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", listening, "watch", str(folder), "--host", where]
+    command += ["--port", "0"]
     environment = {key: value for key, value in os.environ.items() if key != "FEDPEAT_STATUS_TOKEN"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:

@@ -137,6 +137,16 @@ FOR_LORA_ALONE = {
     "federated": {"lora_aggregation": "svd", "client_ranks": [4, 2], "clip_to_median": True},
     "privacy": {"example_target_epsilon": 3.0},
 }
+IN_SECRET = {
+    "federated": {
+        "secure_aggregation": True,
+        "secure_threshold_ratio": 0.75,
+        "secure_min_devices": 4,
+        "secure_neighbours": 8,
+        "secure_clip_range": 0.5,
+        "secure_bits": 20,
+    }
+}
 FOR_A_MEAN_ALONE = {
     "federated": {"clip_norm": 0.75},
     "privacy": {"client_noise_multiplier": 1.5},
@@ -170,7 +180,15 @@ IN_A_WORLD = {
         "num_policies": 2,
     },
     "calibration": {"num_federations": 5, "num_rounds": 4, "num_members": 3, "max_error": 1e-3},
-    "fleet": {"keys": "elsewhere", "host": "::1", "port": 443, "wait_for": 2},
+    "fleet": {
+        "keys": "elsewhere",
+        "host": "::1",
+        "port": 443,
+        "wait_for": 2,
+        "status_host": "::1",
+        "status_port": 9000,
+        "max_emulator_bytes": 1000,
+    },
 }
 
 
@@ -212,6 +230,7 @@ def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
         | leaves(FOR_LORA_ALONE)
         | leaves(FOR_A_FOUND_NOISE)
         | leaves(FOR_A_MEAN_ALONE)
+        | leaves(IN_SECRET)
         | leaves(IN_A_WORLD),
         leaves(config_to_dict(Config())),
     )
@@ -223,9 +242,9 @@ def test_the_odd_settings_name_every_setting_and_none_at_its_default() -> None:
     "config",
     [
         Config(),
-        *map(config_from_dict, (ODD, FOR_LORA_ALONE, FOR_A_MEAN_ALONE, IN_A_WORLD)),
+        *map(config_from_dict, (ODD, FOR_LORA_ALONE, FOR_A_MEAN_ALONE, IN_SECRET, IN_A_WORLD)),
     ],
-    ids=["default", "odd", "for LoRA alone", "for a mean alone", "in a world"],
+    ids=["default", "odd", "for LoRA alone", "for a mean alone", "in secret", "in a world"],
 )
 def test_settings_written_as_yaml_are_read_back_equal(config: Config, file: Path) -> None:
     assert read(file, config_to_yaml(config)) == config

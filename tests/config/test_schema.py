@@ -65,6 +65,11 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "federated.round_deadline_seconds": ([0.0, -1.0], [0.1, None]),
     "federated.max_update_norm": ([0.0, -1.0], [0.1, None]),
     "federated.max_rejections": ([0, -1], [1, None]),
+    "federated.secure_threshold_ratio": ([0.5, 1.01], [0.51, 1.0]),
+    "federated.secure_min_devices": ([1], [2]),
+    "federated.secure_neighbours": ([0, 1, 3], [2, 4, None]),
+    "federated.secure_clip_range": ([0.0, -1.0], [0.1]),
+    "federated.secure_bits": ([7, 33], [8, 32]),
     "federated.clip_norm": ([0.0, -1.0], [0.1, None]),
     "federated.update_kept_ratio": ([0.0, 1.01], [1e-9, 1.0]),
     "federated.assumed_attackers_ratio": ([-0.1, 0.5], [0.0, 0.49]),
@@ -100,6 +105,8 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "calibration.max_error": ([0.0, -1.0], [1e-9]),
     "fleet.port": ([0, 65536], [1, 65535]),
     "fleet.wait_for": ([0], [1, None]),
+    "fleet.status_port": ([-1, 65536], [0, 65535, None]),
+    "fleet.max_emulator_bytes": ([0], [1, None]),
 }
 REFUSED = [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
 ALLOWED = [(name, value) for name, (_, allowed) in RANGES.items() for value in allowed]
@@ -234,6 +241,50 @@ def test_choice_that_is_not_offered_is_refused_with_those_that_are(name: str) ->
             {"federated": {"lora_aggregation": "svd", "robust_rule": "median"}},
             "federated.robust_rule must be mean for federated.lora_aggregation 'svd', whose "
             "factors do not compare, got 'median'",
+        ),
+        *(
+            (
+                {"federated": {"secure_aggregation": True, name: value}},
+                f"federated.{name} must be {allowed} with federated.secure_aggregation, which "
+                f"shows no single update, got {value!r}",
+            )
+            for name, value, allowed in (
+                ("robust_rule", "median", "mean"),
+                ("clip_to_median", True, "False"),
+                ("max_update_norm", 1.0, "None"),
+                ("update_codec", "int8", "float32"),
+                ("lora_aggregation", "svd", "average, ffa or rolora"),
+            )
+        ),
+        *(
+            (
+                {"federated": {"secure_aggregation": True, "clip_norm": 1.0}, "privacy": privacy},
+                f"privacy.{level}_* must be off with federated.secure_aggregation, under which "
+                "nobody adds noise yet, got 'noise'",
+            )
+            for level, privacy in (
+                ("example", {"example_noise_multiplier": 1.0}),
+                ("client", {"client_noise_multiplier": 1.0}),
+            )
+        ),
+        (
+            {"federated": {"secure_aggregation": True}, "world": {"preset": "iot"}},
+            "world.preset must be none with federated.secure_aggregation, which hides example "
+            "counts, got 'iot'",
+        ),
+        (
+            {
+                "federated": {"secure_aggregation": True},
+                "emulator": {"lower_rungs": [0.25]},
+                "adapter": {"placement": "all"},
+            },
+            "emulator.lower_rungs must be empty with federated.secure_aggregation and "
+            "adapter.placement all, where rungs tune other blocks, got (0.25,)",
+        ),
+        (
+            {"federated": {"secure_aggregation": True}, "emulator": {"lower_rungs": [0.25]}},
+            "federated.client_weighting must be examples with federated.secure_aggregation and "
+            "emulator.lower_rungs, since devices weigh themselves, got 'fidelity'",
         ),
         (
             {"federated": {"clip_norm": 1.0, "clip_to_median": True}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.experiments.methods import METHODS
 from fedpeat.experiments.run import run
 from fedpeat.federated.participant import Participant
-from outcomes import assert_resumes, config_of, folder_of, lines_of
+from outcomes import assert_resumes_to, config_of, folder_of, lines_of
 
 CLIENTS = 6  # the corpus in equal parts
 DEFENCES: dict[str, dict[str, Any]] = {
@@ -26,10 +27,12 @@ DEFENCES: dict[str, dict[str, Any]] = {
 }
 
 
+PARTS: dict[str, Any] = {"data": {"partition": "iid", "num_clients": CLIENTS, "key_field": None}}
+
+
 @pytest.fixture
 def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
-    parts = {"data": {"partition": "iid", "num_clients": CLIENTS, "key_field": None}}
-    return config_of(model_dir, corpus_file, tmp_path, parts)
+    return config_of(model_dir, corpus_file, tmp_path, PARTS)
 
 
 @pytest.mark.parametrize("name", DEFENCES)
@@ -42,6 +45,7 @@ def test_every_defence_tunes(name: str, config: Config) -> None:
     lines = lines_of(folder_of(config))[1:]
     assert {p["status"] for line in lines for p in line["participants"]} == {"accepted"}
     assert [line["warnings"] for line in lines] == [[]] * 2
+    assert "Set aside" not in (folder_of(config) / "report.html").read_text()
 
 
 def test_the_settings_reach_the_round(config: Config) -> None:
@@ -96,9 +100,9 @@ def test_only_methods_in_which_no_device_has_others_beside_it_ignore_the_rule(
 SET_ASIDE = {"max_rejections": 2, "num_rounds": 3, "max_update_norm": 100.0}
 
 
-@pytest.fixture
-def one_that_lies(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let one device claim examples that it cannot have."""
+@pytest.fixture(scope="module")
+def one_that_lies() -> Iterator[str]:
+    """Let one device claim examples that it cannot have, from here on."""
     honest, name = Participant.handle, "client-03"
 
     def handle(self: Participant, kind: str, content: bytes) -> bytes:
@@ -107,33 +111,43 @@ def one_that_lies(monkeypatch: pytest.MonkeyPatch) -> str:
             return encode(reply)
         return encode(Payload(reply.arrays, {**reply.record, "num_examples": 10**9}))
 
-    monkeypatch.setattr(Participant, "handle", handle)
-    return name
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Participant, "handle", handle)
+        yield name
+
+
+@pytest.fixture(scope="module")
+def whole(
+    one_that_lies: str,
+    model_dir: Path,
+    corpus_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Config:
+    """Return the settings of a run with such a device, which is there."""
+    changes = {**PARTS, "federated": SET_ASIDE}
+    config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("whole"), changes)
+    run(config)
+    return config
 
 
 def test_a_device_set_aside_is_named_in_summary_and_report(
-    config: Config, one_that_lies: str
+    whole: Config, one_that_lies: str
 ) -> None:
-    summary = run(override(config, {"federated": SET_ASIDE}))
+    summary = json.loads((folder_of(whole) / "summary.json").read_text())
     assert summary["set_aside"] == [one_that_lies]
-    lines = lines_of(folder_of(config))
+    lines = lines_of(folder_of(whole))
     taking_part = [one_that_lies in {p["client_id"] for p in x["participants"]} for x in lines]
     assert taking_part == [False, True, True, False]
     warned = [w for line in lines for w in line["warnings"] if "is set aside" in w]
     assert len(warned) == 1
-    page = (folder_of(config) / "report.html").read_text()
+    page = (folder_of(whole) / "report.html").read_text()
     assert f"Set aside after too many rejected updates: {one_that_lies}." in page
-    assert json.loads((folder_of(config) / "summary.json").read_text())["set_aside"]
 
 
 def test_a_resumed_run_knows_whose_updates_were_rejected(
-    config: Config, one_that_lies: str
+    whole: Config, one_that_lies: str, tmp_path: Path
 ) -> None:
-    assert_resumes(override(config, {"federated": SET_ASIDE}), interrupted_after=1)
+    config = override(whole, {"output_dir": str(tmp_path)})
+    assert_resumes_to(folder_of(whole), config, interrupted_after=1)
     last = lines_of(folder_of(config))[-1]
     assert last["set_aside"] == [one_that_lies]
-
-
-def test_without_anyone_set_aside_the_report_says_nothing_of_it(config: Config) -> None:
-    run(override(config, {"federated": {"num_rounds": 1}}))
-    assert "Set aside" not in (folder_of(config) / "report.html").read_text()

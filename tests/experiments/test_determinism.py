@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.run import run
 from outcomes import EVERYTHING_ON, PLAIN, assert_same, config_of, folder_of, lines_of, result_of
 
+SETTINGS = {"plain": PLAIN, "everything on": EVERYTHING_ON}
+
 # The learning rate rises over the first 20 steps to 1, which is far too much: rounds get worse.
 TOO_FAST: dict[str, Any] = {
     "federated": {"num_rounds": 4},
@@ -29,42 +34,69 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@pytest.mark.parametrize("changes", [PLAIN, EVERYTHING_ON], ids=["plain", "everything on"])
-def test_same_settings_same_bytes_whatever_the_callers_random_state(
-    changes: dict[str, Any], model_dir: Path, corpus_file: Path, tmp_path: Path
-) -> None:
-    results = []
-    for seed in (1, 2):
+def random_states() -> list[Any]:
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+    return [torch.get_rng_state().tolist(), repr(numpy_state)]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run that is there, and the random states of its caller before and after it."""
+
+    config: Config
+    before: list[Any]
+    after: list[Any]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return result_of(folder_of(self.config))
+
+
+@pytest.fixture(scope="module")
+def made(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], Made]:
+    """Return a function of settings and the seed of a caller's random state; a run is made once."""
+
+    @cache
+    def once(name: str, seed: int) -> Made:
+        config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("made"), SETTINGS[name])
         seed_everything(seed)
-        run(config_of(model_dir, corpus_file, tmp_path / str(seed), changes))
-        results.append(result_of(tmp_path / str(seed) / "tiny"))
-    assert_same(*results)
-    participants = [p for line in results[0]["rounds"] for p in line["participants"]]
+        before = random_states()
+        run(config)
+        return Made(config, before, random_states())
+
+    return once
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_settings_same_bytes_whatever_the_callers_random_state(
+    name: str, made: Callable[[str, int], Made]
+) -> None:
+    one, other = made(name, 1), made(name, 2)
+    assert one.before != other.before
+    assert_same(one.result, other.result)
+    participants = [p for line in one.result["rounds"] for p in line["participants"]]
     assert {p["status"] for p in participants} <= {"accepted", "dropped"}
     assert {p["role"] for p in participants if p["status"] == "accepted"} == {"device", "server"}
 
 
 def test_another_seed_gives_another_result(
-    model_dir: Path, corpus_file: Path, tmp_path: Path
+    made: Callable[[str, int], Made], tmp_path: Path
 ) -> None:
-    config = config_of(model_dir, corpus_file, tmp_path, PLAIN)
-    run(config)
-    run(override(config, {"name": "other", "seed": 1}))
-    one, other = (result_of(tmp_path / name) for name in ("tiny", "other"))
+    plain = made("plain", 1)
+    run(override(plain.config, {"output_dir": str(tmp_path), "seed": 1}))
+    one, other = plain.result, result_of(tmp_path / "tiny")
     assert one["adapter"] != other["adapter"]
     assert one["quality"] != other["quality"]
 
 
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_leaves_the_callers_random_state_alone(
-    model_dir: Path, corpus_file: Path, tmp_path: Path
+    name: str, made: Callable[[str, int], Made]
 ) -> None:
-    seed_everything(5)
-    torch_state = torch.get_rng_state()
-    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
-    run(config_of(model_dir, corpus_file, tmp_path, EVERYTHING_ON))
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    after = np.random.get_state(legacy=False)  # noqa: NPY002
-    np.testing.assert_equal(after, numpy_state)
+    one = made(name, 1)
+    assert one.after == one.before
 
 
 # --- the best round -----------------------------------------------------------------------------

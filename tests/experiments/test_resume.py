@@ -102,7 +102,12 @@ def kill_windows(num_events: int) -> list[tuple[int, int]]:
 def test_a_kill_at_each_step_of_a_checkpoint_loses_nothing(
     forks: Forks, model_dir: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
-    changes = {"federated": {"num_rounds": 1}}
+    # the cheapest run there is: it makes no emulator anew after each of many kills
+    changes = {
+        "method": "fed_peft",
+        "federated": {"num_rounds": 1},
+        "local": {"local_steps": 1},
+    }
     whole = config_of(model_dir, corpus_file, tmp_path / "whole", changes)
     num_events = forks.run(whole, within="checkpoints")["num_events"]
     killed = config_of(model_dir, corpus_file, tmp_path / "killed", changes)
@@ -128,14 +133,20 @@ class Listening(Silent):
         self.messages.append(text)
 
 
-@pytest.fixture
-def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
-    return config_of(model_dir, corpus_file, tmp_path, EVERYTHING_ON)
+@pytest.fixture(scope="module")
+def everything_on(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of a finished run with all there is switched on, not to be changed."""
+    folder = tmp_path_factory.mktemp("everything-on")
+    run(config_of(model_dir, corpus_file, folder, EVERYTHING_ON))
+    return folder / "tiny"
 
 
-def test_resuming_a_finished_run_changes_nothing(config: Config, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(everything_on: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    first = run(config)
+    config = copied(everything_on, tmp_path)
+    first = json.loads((folder / "summary.json").read_text())
     metrics, want = (folder / "metrics.jsonl").read_bytes(), result_of(folder)
     again = run(config, resume=True)
     assert again["quality"] == first["quality"]
@@ -145,14 +156,12 @@ def test_resuming_a_finished_run_changes_nothing(config: Config, tmp_path: Path)
 
 
 def test_a_run_can_be_resumed_for_more_rounds(
-    config: Config, model_dir: Path, corpus_file: Path, tmp_path: Path
+    everything_on: Path, model_dir: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "tiny"
+    config = config_of(model_dir, corpus_file, tmp_path, EVERYTHING_ON)
     run(override(config, {"federated": {"num_rounds": 1}}))
     run(config, resume=True)
-    got = result_of(folder)
-    run(override(config, {"name": "whole"}))
-    assert_same(result_of(tmp_path / "whole"), got)
+    assert_same(result_of(everything_on), result_of(tmp_path / "tiny"))
 
 
 def cut(path: Path) -> None:
@@ -218,9 +227,8 @@ def copied(source: Path, folder: Path) -> Config:
     return override(load_config(source / "config.yaml"), {"output_dir": str(folder)})
 
 
-def test_the_checkpoint_holds_adapter_best_and_moments(config: Config, tmp_path: Path) -> None:
-    run(config)
-    names = load_file(tmp_path / "tiny" / "checkpoints" / "round-00003" / "tensors.safetensors")
+def test_the_checkpoint_holds_adapter_best_and_moments(everything_on: Path) -> None:
+    names = load_file(everything_on / "checkpoints" / "round-00003" / "tensors.safetensors")
     assert {name.split("/")[0] for name in names} == {"adapter", "best", "moments"}
 
 

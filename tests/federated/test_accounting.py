@@ -31,11 +31,11 @@ def renyi_by_hand(order: float, noise: float, rate: float) -> float:
             + (k * k - k) / (2 * noise**2)
             for k in range(int(order) + 1)
         ]
-        return float(np.logaddexp.reduce(terms)) / (order - 1)
+        return float(np.logaddexp.reduce(terms) / (order - 1))
 
     def integrand(x: float) -> float:
         ratio = (1 - rate) + rate * math.exp((2 * x - 1) / (2 * noise**2))
-        return float(stats.norm.pdf(x, 0, noise)) * ratio**order
+        return float(stats.norm.pdf(x, 0, noise) * ratio**order)
 
     found, _ = integrate.quad(integrand, -40 * noise, 40 * noise + order, limit=400, epsabs=0)
     return float(math.log(found) / (order - 1))

@@ -71,6 +71,30 @@ def serve(folder: Path) -> Iterator[Serve]:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that stays as it is."""
+    folder = tmp_path_factory.mktemp("still")
+    (folder / "config.yaml").write_text("name: demo\n")
+    lines = "".join(json.dumps(line) + "\n" for line in three_rounds())
+    (folder / "metrics.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def standing(still: Path) -> Iterator[StatusServer]:
+    """Serve it to tests that ask and change nothing; to stop a server takes a tenth of a second."""
+    with StatusServer(still, port=0, allowed_hosts=["Run.example"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def guarded(still: Path) -> Iterator[StatusServer]:
+    """Serve it to those who have the token."""
+    with StatusServer(still, port=0, token=TOKEN) as server:
+        yield server
+
+
 def test_the_page_the_record_and_the_metrics_are_served(serve: Serve) -> None:
     server = serve()
     assert "<h1>Round 2: plug-in perplexity 22.0, from 34.9 before tuning.</h1>" in ask(server).text
@@ -81,10 +105,11 @@ def test_the_page_the_record_and_the_metrics_are_served(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", list(PAGES))
-def test_head_has_the_headers_of_get_and_no_content(serve: Serve, path: str) -> None:
-    server = serve()
-    whole, head = ask(server, path), ask(server, path, "HEAD")
-    assert send(server, f"HEAD {path} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode())[-4:] == b"\r\n\r\n"
+def test_head_has_the_headers_of_get_and_no_content(standing: StatusServer, path: str) -> None:
+    whole, head = ask(standing, path), ask(standing, path, "HEAD")
+    assert (
+        send(standing, f"HEAD {path} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode())[-4:] == b"\r\n\r\n"
+    )
     changing = {"Date"}
     assert {k: v for k, v in head.headers.items() if k not in changing} == {
         k: v for k, v in whole.headers.items() if k not in changing
@@ -95,8 +120,8 @@ def test_head_has_the_headers_of_get_and_no_content(serve: Serve, path: str) -> 
 @pytest.mark.parametrize(
     "method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW"]
 )
-def test_every_other_method_is_not_allowed(serve: Serve, method: str) -> None:
-    reply = ask(serve(), "/", method, Content_Length="0")
+def test_every_other_method_is_not_allowed(standing: StatusServer, method: str) -> None:
+    reply = ask(standing, "/", method, Content_Length="0")
     assert reply.status == 405
     assert reply.headers["Allow"] == "GET, HEAD"
 
@@ -126,8 +151,8 @@ def test_an_answer_arrives_though_the_request_has_content(serve: Serve) -> None:
         "file:///etc/passwd",
     ],
 )
-def test_no_path_leads_to_a_file(serve: Serve, path: str) -> None:
-    reply = ask(serve(), path)
+def test_no_path_leads_to_a_file(standing: StatusServer, path: str) -> None:
+    reply = ask(standing, path)
     assert reply.status == 404
     assert reply.text == "there are /, /status.json, /metrics\n"
 
@@ -204,13 +229,13 @@ def test_every_answer_has_the_headers_of_a_careful_server(serve: Serve) -> None:
         ("[evil.example]", 421),
     ],
 )
-def test_only_its_own_names_are_answered(serve: Serve, host: str, status: int) -> None:
-    assert ask(serve(allowed_hosts=["Run.example"]), Host=host).status == status
+def test_only_its_own_names_are_answered(standing: StatusServer, host: str, status: int) -> None:
+    assert ask(standing, Host=host).status == status
 
 
 @pytest.mark.parametrize("hosts", [b"", b"Host: localhost\r\nHost: localhost\r\n"])
-def test_a_request_names_one_host(serve: Serve, hosts: bytes) -> None:
-    assert send(serve(), b"GET / HTTP/1.1\r\n" + hosts + b"\r\n").startswith(b"HTTP/1.1 400 ")
+def test_a_request_names_one_host(standing: StatusServer, hosts: bytes) -> None:
+    assert send(standing, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n").startswith(b"HTTP/1.1 400 ")
 
 
 def test_on_loopback_no_token_is_needed_and_one_that_is_given_counts(serve: Serve) -> None:
@@ -242,11 +267,10 @@ def test_on_loopback_no_token_is_needed_and_one_that_is_given_counts(serve: Serv
     ],
 )
 def test_who_has_the_token_may_look(
-    serve: Serve, path: str, headers: dict[str, str], status: int
+    guarded: StatusServer, path: str, headers: dict[str, str], status: int
 ) -> None:
-    server = serve(token=TOKEN)
-    named = {k: v.replace("COOKIE", f"fedpeat_{server.port}") for k, v in headers.items()}
-    reply = ask(server, path, **named)
+    named = {k: v.replace("COOKIE", f"fedpeat_{guarded.port}") for k, v in headers.items()}
+    reply = ask(guarded, path, **named)
     assert reply.status == status
     assert TOKEN not in reply.text
 
@@ -302,13 +326,14 @@ def test_tokens_are_compared_by_digests_of_one_length(monkeypatch: pytest.Monkey
         (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n", b"431"),
     ],
 )
-def test_rubbish_is_refused_in_few_words(serve: Serve, content: bytes, status: bytes) -> None:
-    server = serve()
-    answer = send(server, content)
+def test_rubbish_is_refused_in_few_words(
+    standing: StatusServer, content: bytes, status: bytes
+) -> None:
+    answer = send(standing, content)
     assert answer.startswith(b"HTTP/1.1 " + status)
     assert b"aaaa" not in answer
     assert b"Content-Security-Policy" in answer
-    assert ask(server).status == 200
+    assert ask(standing).status == 200
 
 
 def test_a_client_that_is_slow_loses_its_place(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_watching(commands)
     _add_audit(commands)
+    _add_privacy_audit(commands)
     _add_inspect(commands)
     _add_control(commands)
     _add_fleet(commands)
@@ -224,6 +226,33 @@ def _add_audit(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where the chart over several runs goes"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="audit again what was audited with these settings"
+    )
+
+
+def _add_privacy_audit(commands: Commands) -> None:
+    text = "measure how much of the devices' data an update gives away"
+    parser = _add(commands, "audit-privacy", text, _audit_privacy)
+    parser.add_argument("run", type=Path, help="run folder")
+    for name, text in (
+        ("num-devices", "devices whose updates are attacked (4)"),
+        ("num-examples", "most members, and most others, that membership is told of (256)"),
+        ("overfit-blocks", "blocks of a device that trains on few (8)"),
+        ("overfit-steps", "its steps (32)"),
+        ("inversion-tokens", "tokens of the texts that are read back (32)"),
+        ("num-texts", "texts that are read back from each kind of update (4)"),
+        ("beam-width", "beams of each text (32)"),
+        ("seed", "seed of batches, noise and intervals (0)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    for level in ("example", "client"):
+        parser.add_argument(
+            f"--{level}-noise",
+            type=float,
+            metavar="Z",
+            help=f"noise multiplier at {level} level, where the run has none of its own (1.0)",
+        )
     parser.add_argument(
         "--overwrite", action="store_true", help="audit again what was audited with these settings"
     )
@@ -426,6 +455,22 @@ def _audit(args: argparse.Namespace, rest: list[str]) -> None:
     terminal.audit(results, page)
 
 
+def _audit_privacy(args: argparse.Namespace, rest: list[str]) -> None:
+    del rest
+    from dataclasses import fields
+
+    from fedpeat.cli.terminal import Terminal
+    from fedpeat.config.schema import PrivacyAuditPlan
+
+    given = {f.name: getattr(args, f.name) for f in fields(PrivacyAuditPlan)}
+    plan = PrivacyAuditPlan(**{k: v for k, v in given.items() if v is not None})
+    from fedpeat.experiments.privacy_audit import audit_privacy
+
+    with Terminal() as terminal:
+        result = audit_privacy(args.run, plan, overwrite=args.overwrite, observer=terminal)
+    terminal.privacy_audit(result)
+
+
 def _inspect(args: argparse.Namespace, rest: list[str]) -> None:
     del rest
     import json
@@ -488,7 +533,8 @@ def _needs_flower() -> None:
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split()), flush=True)
+    with suppress(OSError):  # a full disk or a closed terminal must not end a server or a device
+        print(" ".join(text.split()), flush=True)
 
 
 def _keys(args: argparse.Namespace, rest: list[str]) -> None:

@@ -120,6 +120,11 @@ class Terminal:
         if page is not None:
             self._console.print(f"page: {page}", markup=False, soft_wrap=True)
 
+    def privacy_audit(self, result: Mapping[str, Any]) -> None:
+        """Print what attacks on updates reached."""
+        for line in result["verdicts"]:
+            self._console.print(f"- {line}", markup=False, soft_wrap=True)
+
     def calibration(self, error: FitError, max_error: float, folder: Path) -> None:
         """Print how far predictions are off, and whether controllers may be trained on them."""
         self._console.print(

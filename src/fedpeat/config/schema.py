@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Placement",
+    "PrivacyAuditPlan",
     "PrivacyConfig",
     "ServerConfig",
     "Task",
@@ -443,6 +444,25 @@ class FederatedConfig:
     trimmed_mean (entry by entry) or multi_krum (the mean of those nearest to each other)."""
     assumed_attackers_ratio: float = 0.2
     """Share of a round's devices that robust_rule assumes hostile, in [0, 0.5)."""
+    secure_aggregation: bool = False
+    """Devices mask their updates (SecAgg+), so that the server sees the sum of them alone, and
+    neither examples, tokens nor losses of any; needs cryptography and pycryptodome, which the extra
+    "flower" brings."""
+    secure_threshold_ratio: float = 0.6
+    """Share of a device's neighbours, above 0.5, whose help opens the sum: a round survives the
+    loss of the others, and holds against as many colluding devices as the share is above a half,
+    twice."""
+    secure_min_devices: int = 3
+    """Fewest devices in a sum; a device of a fleet refuses a round with fewer than its own setting
+    says."""
+    secure_neighbours: int | None = None
+    """Devices with which each shares masks and keys, an even number; as many as is safe (all but in
+    cohorts of hundreds) if not given. Fewer than all is for a server that follows the protocol."""
+    secure_clip_range: float = 1.0
+    """Changes of single values of the adapter beyond this are clipped on the device."""
+    secure_bits: int = 24
+    """Bits to which changes are rounded, in [8, 32]: the average is off by at most
+    secure_clip_range / 2^secure_bits."""
     lora_aggregation: LoraAggregation = "average"
     """How LoRA's factors A and B are averaged: average (each by itself, which is nearly right), ffa
     (B alone is tuned), rolora (B and A in turn, one a round), svd (the products BA, cut to the
@@ -514,6 +534,38 @@ class FederatedConfig:
         _require_positive("federated.server_tau", self.server_tau)
         self._check_defence()
         self._check_lora()
+        self._check_secure()
+
+    def _check_secure(self) -> None:
+        ratio, least = self.secure_threshold_ratio, self.secure_min_devices
+        near, bits = self.secure_neighbours, self.secure_bits
+        _require(0.5 < ratio <= 1, "federated.secure_threshold_ratio", "in (0.5, 1]", ratio)
+        _require(least >= 2, "federated.secure_min_devices", "at least 2", least)
+        _require(
+            near is None or (near >= 2 and near % 2 == 0),
+            "federated.secure_neighbours",
+            "an even number, at least 2",
+            near,
+        )
+        _require_positive("federated.secure_clip_range", self.secure_clip_range)
+        _require(8 <= bits <= 32, "federated.secure_bits", "in [8, 32]", bits)
+        if not self.secure_aggregation:
+            return
+        sees_each = "with federated.secure_aggregation, which shows no single update"
+        for name, plain in (
+            ("robust_rule", "mean"),
+            ("clip_to_median", False),
+            ("max_update_norm", None),
+            ("update_codec", "float32"),
+        ):
+            got = getattr(self, name)
+            _require(got == plain, f"federated.{name}", f"{plain} {sees_each}", got)
+        _require(
+            self.lora_aggregation != "svd",
+            "federated.lora_aggregation",
+            f"average, ffa or rolora {sees_each}",
+            self.lora_aggregation,
+        )
 
     def _check_defence(self) -> None:
         _require_choice("federated.robust_rule", RobustRule, self.robust_rule)
@@ -761,10 +813,33 @@ class FleetConfig:
     """Port that devices reach."""
     wait_for: int | None = None
     """Devices that must be there before the first round; all that have a key if not given."""
+    status_host: str = "127.0.0.1"
+    """Address of the live page and the metrics for Prometheus. Where others than this machine can
+    reach it, a token is needed: FEDPEAT_STATUS_TOKEN of the environment, or one that is made up and
+    said."""
+    status_port: int | None = 0
+    """Port of the live page; 0 for any free one, which is said; no page if null."""
+    max_emulator_bytes: int | None = None
+    """On a device: largest emulator that it takes [byte]; any if not given. Offered a larger one,
+    it says so and waits."""
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "fleet.host", "an address of this machine", self.host)
         _require(1 <= self.port <= 65535, "fleet.port", "in [1, 65535]", self.port)
+        status_port, most = self.status_port, self.max_emulator_bytes
+        _require(
+            bool(self.status_host),
+            "fleet.status_host",
+            "an address of this machine",
+            self.status_host,
+        )
+        _require(
+            status_port is None or 0 <= status_port <= 65535,
+            "fleet.status_port",
+            "in [0, 65535] or null",
+            status_port,
+        )
+        _require(most is None or most >= 1, "fleet.max_emulator_bytes", "at least 1", most)
         _require(
             self.wait_for is None or self.wait_for >= 1,
             "fleet.wait_for",
@@ -829,7 +904,36 @@ class Config:
         self._check_ladder()
         self._check_narrow()
         self._check_controller()
+        self._check_secure()
         self._check_privacy()
+
+    def _check_secure(self) -> None:
+        """Check that all devices' updates can be added as they are."""
+        if not self.federated.secure_aggregation:
+            return
+        where = "with federated.secure_aggregation"
+        preset, rungs = self.world.preset, self.emulator.lower_rungs
+        for level, hides in (
+            ("example", self.privacy.hides_examples),
+            ("client", self.privacy.hides_clients),
+        ):
+            noise = f"off {where}, under which nobody adds noise yet"
+            _require(not hides, f"privacy.{level}_*", noise, "noise")
+        _require(
+            preset is None, "world.preset", f"none {where}, which hides example counts", preset
+        )
+        _require(
+            not rungs or self.adapter.placement != "all",
+            "emulator.lower_rungs",
+            f"empty {where} and adapter.placement all, where rungs tune other blocks",
+            rungs,
+        )
+        _require(
+            not rungs or self.federated.client_weighting == "examples",
+            "federated.client_weighting",
+            f"examples {where} and emulator.lower_rungs, since devices weigh themselves",
+            self.federated.client_weighting,
+        )
 
     def _check_privacy(self) -> None:
         privacy, fed, kind = self.privacy, self.federated, self.controller.kind
@@ -1011,4 +1115,47 @@ class AuditPlan:
         _require(len(self.learning_rates) > 0, "--learning-rates", "at least one", ())
         for rate in self.learning_rates:
             _require_positive("--learning-rates", rate)
+        _require_not_negative("--seed", self.seed)
+
+
+@dataclass(frozen=True)
+class PrivacyAuditPlan:
+    """How updates are attacked, to see how much of the devices' data they give away."""
+
+    num_devices: int = 4
+    """Most devices whose updates are made and attacked."""
+    num_examples: int = 256
+    """Most members, and most others, that membership is told of."""
+    overfit_blocks: int = 8
+    """Blocks of a device that trains on few for long: there attacks must work, or they prove
+    nothing."""
+    overfit_steps: int = 32
+    """Steps of such a device."""
+    inversion_tokens: int = 32
+    """Tokens of the texts that are read back."""
+    num_texts: int = 4
+    """Texts, each of a device of its own, that are read back from each kind of update."""
+    beam_width: int = 32
+    """Beams of each text."""
+    example_noise: float = 1.0
+    """Noise multiplier at example level, where the run has none of its own."""
+    client_noise: float = 1.0
+    """Noise multiplier at client level, where the run has none of its own."""
+    seed: int = 0
+    """Seed of batches, noise and intervals."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_devices", 2),
+            ("num_examples", 2),
+            ("overfit_blocks", 1),
+            ("overfit_steps", 1),
+            ("inversion_tokens", 3),
+            ("num_texts", 1),
+            ("beam_width", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"--{name.replace('_', '-')}", f"at least {least}", value)
+        _require_positive("--example-noise", self.example_noise)
+        _require_positive("--client-noise", self.client_noise)
         _require_not_negative("--seed", self.seed)

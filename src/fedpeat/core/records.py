@@ -157,7 +157,8 @@ class ParticipantResult:
     update was scaled by to stay within the round's bound; None where there is none. ``epsilon`` is
     what the device's examples have been promised so far; None where nothing is. ``bytes_up_plain``
     is what ``bytes_up`` would have been with updates in plain float32; of an update that is not
-    accepted nobody can tell, and it counts as it came.
+    accepted nobody can tell, and it counts as it came. Secure aggregation hides examples, tokens
+    and weight of a device, which are 0 then, and its losses.
     """
 
     client_id: str

@@ -5,6 +5,7 @@ runs/NAME/
   metrics.jsonl    a line per round
   summary.json     the result, a stable interface
   audit.json       what the emulator gives away, if it was audited
+  privacy_audit.json   what an update gives away of the data, if that was audited
   noise.key        what noise is drawn from, if something is hidden; for nobody else to read
   checkpoints/     round-00001/ ...: all that a resumed run needs, with a checksum
   emulator/        the emulator that devices hold, with its manifest
@@ -51,6 +52,7 @@ _FILES = (
     "metrics.jsonl",
     "summary.json",
     "audit.json",
+    "privacy_audit.json",
     "noise.key",
     "report.html",
     "log.txt",

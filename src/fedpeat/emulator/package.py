@@ -25,6 +25,7 @@ from fedpeat.core.run_folder import replace_folder
 from fedpeat.core.wire import Payload
 from fedpeat.emulator.parts import (
     OUTSIDE,
+    Contents,
     Tensors,
     fill,
     part_bytes,
@@ -239,8 +240,7 @@ class EmulatorPackage:
         """
         try:
             manifest = _manifest_from_dict(payload.record["manifest"])
-            parts = {sha256: array.tobytes() for sha256, array in payload.arrays.items()}
-            package = cls(manifest, dict(payload.record["config"]), parts)
+            package = cls(manifest, dict(payload.record["config"]), Contents(payload.arrays))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise EmulatorError(f"not an emulator: {error!r:.200}") from error
         package.verify()
@@ -300,7 +300,7 @@ class EmulatorPackage:
         try:
             manifest = _manifest_from_dict(json.loads((folder / "manifest.json").read_text()))
             config = json.loads((folder / "config.json").read_text())
-            weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+            tensors = split(safetensors.torch.load_file(folder / WEIGHTS_FILE), manifest.blocks)
             updates = [path.read_bytes() for path in folder.glob(UPDATE_FILE)]
             texts = [path.read_text() for path in folder.glob(KEPT_FILE)]
             kept = {name: tuple(own) for text in texts for name, own in json.loads(text).items()}
@@ -308,7 +308,8 @@ class EmulatorPackage:
             raise EmulatorError(f"emulator {folder} is damaged: {error}") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise EmulatorError(f"cannot read emulator {folder}: {error}") from error
-        parts = _parts(weights, manifest.blocks)[1]
+        contents = {name: part_bytes(tensors.pop(name)) for name in list(tensors)}
+        parts = _listed(contents)[1]
         parts |= {part_hash(content): content for content in updates}
         package = cls(manifest, config, parts, kept)
         package.verify()

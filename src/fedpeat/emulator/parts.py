@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from fedpeat.model.blocks import Blocks
 
 __all__ = [
     "OUTSIDE",
+    "Contents",
     "Tensors",
     "fill",
     "part_bytes",
@@ -66,6 +68,31 @@ def part_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class Contents(Mapping[str, bytes]):
+    """The bytes of parts that are arrays, by hash: the very ones that an array was made of.
+
+    Where those are others, only the part that is asked for is copied, so that an emulator, which
+    may be as large as a device's memory allows, is not there twice.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, sha256: str) -> bytes:
+        array = self._arrays[sha256]
+        whole = array.base
+        return whole if isinstance(whole, bytes) and len(whole) == array.size else array.tobytes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __contains__(self, sha256: object) -> bool:
+        return sha256 in self._arrays
+
+
 def read_part(content: bytes) -> dict[str, Tensor]:
     """Return the tensors of a part, in memory of their own, in the order of their names.
 
@@ -75,15 +102,27 @@ def read_part(content: bytes) -> dict[str, Tensor]:
         EmulatorError: If it is no safetensors file, or a value is not finite; a number that stands
             alone may be infinite, as the bounds of layers that clip what they get.
     """
+    tensors = {}
     try:
-        tensors = {n: t.clone() for n, t in sorted(safetensors.torch.load(content).items())}
+        loaded = safetensors.torch.load(content)
+        for name in sorted(loaded):
+            tensors[name] = loaded.pop(name).clone()
+            if not _is_sound(tensors[name]):
+                raise EmulatorError(f"{name} has values that are not finite")
+    except EmulatorError:
+        raise
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error}") from error
-    for name, tensor in tensors.items():
-        limit = tensor.ndim == 0 and not bool(tensor.isnan())  # a bound that is infinite is none
-        if tensor.is_floating_point() and not limit and not bool(tensor.isfinite().all()):
-            raise EmulatorError(f"{name} has values that are not finite")
     return tensors
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    """Say whether all values are finite, without a copy of them."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = tensor.aminmax()  # NaN if one of them is
+    limit = tensor.ndim == 0 and not bool(tensor.isnan())  # a bound that is infinite is none
+    return limit or bool(least.isfinite() and most.isfinite())
 
 
 def tensor_names(content: bytes) -> list[str]:

@@ -19,7 +19,7 @@ from fedpeat.core.noise import NoiseSource
 from fedpeat.core.records import Controller, Transport
 from fedpeat.core.run_folder import RunFolder
 from fedpeat.core.seeds import derive_seed
-from fedpeat.core.wire import Payload, decode
+from fedpeat.core.wire import Payload
 from fedpeat.data.examples import Examples, FederatedData
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.experiments.emulators import make_emulators, rung_name
@@ -28,6 +28,11 @@ from fedpeat.experiments.methods import pooled
 from fedpeat.experiments.observer import Observer
 from fedpeat.experiments.plugged import load_full_model
 from fedpeat.experiments.privacy import noise_of, privacy_of
+from fedpeat.experiments.security import (
+    check_secure_cohort,
+    secure_aggregator,
+    simulated_sides,
+)
 from fedpeat.experiments.takeover import rung_folders, take_over
 from fedpeat.experiments.tasks import Task, task_of
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
@@ -44,7 +49,14 @@ from fedpeat.model.loading import LoadedModel
 from fedpeat.tuning.evaluation import Quality, evaluate
 from fedpeat.tuning.local import LocalSettings, train
 
-__all__ = ["Bench", "Fleet", "make_federation", "set_up", "update_codec"]
+__all__ = [
+    "Bench",
+    "Fleet",
+    "local_settings",
+    "make_federation",
+    "set_up",
+    "update_codec",
+]
 
 _LEAST_COSINE = 0.1
 """What gradients are taken to agree at least, so that no rung is left out altogether."""
@@ -58,11 +70,13 @@ class Fleet:
         transport: How they are reached.
         offer: Puts parts of emulators where they can fetch them.
         client_ids: Names of those that have a key.
+        authority: Certificate of who vouches for their keys, PEM.
     """
 
     transport: Transport
     offer: Offer
     client_ids: tuple[str, ...]
+    authority: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Bench:
         client_ids: Names of all devices.
         zero_shot: Quality of the untouched full model on the test split.
         noise: What noise is drawn from.
+        authority: Certificate of who vouches for devices' keys, PEM; empty where nobody asks.
     """
 
     config: Config
@@ -99,6 +114,7 @@ class Bench:
     client_ids: tuple[str, ...]
     zero_shot: Quality
     noise: NoiseSource = field(default_factory=NoiseSource.fresh)
+    authority: bytes = b""
 
     @property
     def task(self) -> Task:
@@ -131,7 +147,7 @@ class Bench:
             )
         current = hashes_of(rungs.values())
         for rung in rungs.values():
-            self.shelf.put(decode(rung.hold_message(rung.parts, current)))
+            self.shelf.put(rung.hold_payload(rung.parts, current))
         return rungs
 
     def _trust(self) -> dict[str, float]:
@@ -206,6 +222,8 @@ def set_up(
         )
     if data.clients:
         _defence(config).check_cohort(_largest_cohort(config, len(data.clients)))
+    if client_ids:
+        check_secure_cohort(config, _largest_cohort(config, len(client_ids)))
     zero_shot = evaluate(loaded.model, data.test, config.evaluation.batch_size)
     tuned = tuned_blocks(
         config.adapter.placement,
@@ -223,8 +241,9 @@ def set_up(
     server = attach(
         loaded.model, blocks, tuned, config.adapter, seed=derive_seed(config.seed, "adapter")
     )
+    sides, authority = simulated_sides(config, data.clients)
     participants = {
-        c: Participant(c, own, shelf, noise=noise.child("device", c))
+        c: Participant(c, own, shelf, sides.get(c), noise=noise.child("device", c))
         for c, own in data.clients.items()
     }
     count = sum(d.num_tokens for d in data.clients.values())
@@ -248,6 +267,7 @@ def set_up(
         client_ids,
         zero_shot,
         noise,
+        authority if fleet is None else fleet.authority,
     )
 
 
@@ -292,7 +312,7 @@ def _defence(config: Config) -> Defence:
     return Defence(
         fed.robust_rule,
         fed.assumed_attackers_ratio,
-        fed.clip_norm,
+        None if fed.secure_aggregation else fed.clip_norm,  # else devices clip themselves
         clip_to_median=fed.clip_to_median,
         max_rejections=fed.max_rejections,
     )
@@ -303,6 +323,18 @@ def _largest_cohort(config: Config, num_clients: int) -> int:
     if config.controller.kind != "fixed":
         return num_clients
     return max(1, round(config.federated.fraction_train * num_clients))
+
+
+def local_settings(config: Config) -> LocalSettings:
+    """Return how participants train, before what hides examples."""
+    return LocalSettings(
+        batch_size=config.local.local_batch_size,
+        learning_rate=config.local.local_learning_rate,
+        warmup_steps=config.local.warmup_steps,
+        weight_decay=config.local.weight_decay,
+        max_grad_norm=config.local.max_grad_norm,
+        proximal_mu=config.local.proximal_mu,
+    )
 
 
 def client_rungs(bench: Bench) -> dict[str, str]:
@@ -327,14 +359,7 @@ def make_federation(
         transport = InProcessTransport({c: p.handle for c, p in bench.participants.items()})
     if fed.dropout_ratio:
         transport = UnreliableTransport(transport, fed.dropout_ratio, config.seed)
-    settings = LocalSettings(
-        batch_size=config.local.local_batch_size,
-        learning_rate=config.local.local_learning_rate,
-        warmup_steps=config.local.warmup_steps,
-        weight_decay=config.local.weight_decay,
-        max_grad_norm=config.local.max_grad_norm,
-        proximal_mu=config.local.proximal_mu,
-    )
+    settings = local_settings(config)
 
     def server_training(
         adapter: State, tuned: Part, num_steps: int, first_step: int, seed: int
@@ -367,6 +392,7 @@ def make_federation(
         ),
         limits=Limits(fed.max_examples_per_client, fed.max_update_norm),
         defence=_defence(config),
+        secure=secure_aggregator(config, bench.authority),
         privacy=privacy_of(config, len(bench.client_ids), bench.noise),
         settings=settings,
         codec=update_codec(config),

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fedpeat.config.loading import load_config
+from fedpeat.config.schema import Config
 from fedpeat.core.errors import FedPEATError
 from fedpeat.core.records import Reply, Transport
 from fedpeat.core.run_folder import write_atomically
 from fedpeat.experiments.bench import Fleet
 from fedpeat.experiments.fleet_folder import FLEET_VARIABLE, FleetFolder
-from fedpeat.experiments.observer import Silent
+from fedpeat.experiments.news import NewsWriter
 from fedpeat.experiments.run import run
 from fedpeat.federated.flower.depot import Depot
 
-__all__ = ["run_on"]
+__all__ = ["Patient", "least_devices", "run_on"]
 
 _CRASHED = 1
+_MOST_NAMED = 8
 
 
 def run_on(transport: Transport) -> None:
@@ -31,15 +33,23 @@ def run_on(transport: Transport) -> None:
     names = tuple(json.loads(fleet.devices.read_text()))
     wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
     depot = Depot(fleet.parts, fleet.parts_secret)
-    waiting = Patient(transport, names, wanted, config.federated.min_clients)
+    news = NewsWriter(fleet.news)
+    waiting = Patient(transport, names, wanted, least_devices(config), news.message)
     outcome = {"exit_code": 0, "error": ""}
     try:
-        run(config, resume=True, observer=Silent(), fleet=Fleet(waiting, depot.offer, names))
+        reached = Fleet(waiting, depot.offer, names, fleet.ca.read_bytes())
+        run(config, resume=True, observer=news, fleet=reached)
     except FedPEATError as error:
         outcome = {"exit_code": error.exit_code, "error": str(error)}
     except Exception as error:  # noqa: BLE001 - the supervisor is told, and tries again
         outcome = {"exit_code": _CRASHED, "error": f"{type(error).__name__}: {error}"}
     write_atomically(fleet.outcome, json.dumps(outcome))
+
+
+def least_devices(config: Config) -> int:
+    """Return how many devices a round may begin with: with the server's update they are enough."""
+    own = config.server.participates and config.data.server_ratio > 0
+    return max(1, config.federated.min_clients - own)
 
 
 class Patient:
@@ -50,17 +60,31 @@ class Patient:
         names: Devices that may take part; others have had a key once.
         first: How many must be there before the first round.
         least: How many before any other.
+        say: Is told who is there while others are waited for.
     """
 
-    def __init__(self, inner: Transport, names: Collection[str], first: int, least: int) -> None:
+    def __init__(
+        self,
+        inner: Transport,
+        names: Collection[str],
+        first: int,
+        least: int,
+        say: Callable[[str], object],
+    ) -> None:
         self._inner = inner
+        self._say = say
         self._names = frozenset(names)
         self._wanted, self._least = first, least
         self.interval_seconds = inner.interval_seconds
 
     def nodes(self) -> list[str]:
         """Return the devices that are online, once there are enough."""
+        told = None
         while len(nodes := self._known()) < self._wanted:
+            if (here := sorted(nodes)) != told:
+                named = f": {', '.join(here[:_MOST_NAMED])}" if here else ""
+                self._say(f"waiting for devices, {len(here)} of {self._wanted} are here{named}")
+                told = here
             time.sleep(self.interval_seconds)
         self._wanted = self._least
         return nodes

@@ -3,6 +3,7 @@
 runs/NAME-fleet/
   config.yaml      the run's settings
   devices.json     the names of the devices that have a key
+  ca.crt           the certificate of the authority that vouches for them
   ports.json       where the SuperLink listens on this machine
   *.secret         random secrets, readable by this user only
   state.db         the SuperLink's own state; it survives a restart
@@ -10,6 +11,7 @@ runs/NAME-fleet/
   app/, home/      what Flower is told to run, and its own files
   logs/            what each program says
   process.json     the process that runs the rounds
+  news.txt         what it has to say meanwhile
   outcome.json     how that ended
 """
 
@@ -81,6 +83,10 @@ class FleetFolder:
         return self.path / "devices.json"
 
     @property
+    def ca(self) -> Path:
+        return self.path / "ca.crt"
+
+    @property
     def state(self) -> Path:
         return self.path / "state.db"
 
@@ -103,6 +109,10 @@ class FleetFolder:
     @property
     def process(self) -> Path:
         return self.path / "process.json"
+
+    @property
+    def news(self) -> Path:
+        return self.path / "news.txt"
 
     @property
     def outcome(self) -> Path:

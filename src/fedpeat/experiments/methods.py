@@ -38,7 +38,12 @@ def _undefended(config: Config) -> Config:
     """Leave out what is for a device among others, where none has others beside it."""
     return replace(
         config,
-        federated=replace(config.federated, robust_rule="mean", update_codec="float32"),
+        federated=replace(
+            config.federated,
+            robust_rule="mean",
+            secure_aggregation=False,
+            update_codec="float32",
+        ),
         privacy=replace(config.privacy, client_noise_multiplier=0.0, client_target_epsilon=None),
     )
 

@@ -30,7 +30,7 @@ from fedpeat.experiments.tasks import task_of
 from fedpeat.report.page import write_report
 from fedpeat.tuning.evaluation import BESIDE
 
-__all__ = ["run"]
+__all__ = ["check_same_run", "run"]
 
 INPUT_REFUSED = 2
 
@@ -93,7 +93,7 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
         elif overwrite:
             folder.set_aside()
         else:
-            _check_same_run(folder, config)
+            check_same_run(folder, config)
         write_atomically(folder.path / "config.yaml", config_to_yaml(config))
         yield
     except FedPEATError as error:
@@ -105,14 +105,22 @@ def _opened(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool)
         folder.close()
 
 
-def _check_same_run(folder: RunFolder, config: Config) -> None:
-    """Refuse to resume with other settings; other rounds, threads and places are allowed."""
+def check_same_run(folder: RunFolder, config: Config) -> None:
+    """Refuse to resume with other settings; other rounds, threads and places are allowed.
+
+    Raises:
+        CheckpointError: If a setting is another one.
+    """
     free = {"name", "output_dir", "num_threads", "federated.num_rounds"}
     targets = (config.privacy.example_target_epsilon, config.privacy.client_target_epsilon)
     if targets != (None, None):  # the noise was found for so many rounds
         free.remove("federated.num_rounds")
     changes = differences(load_config(folder.path / "config.yaml"), config)
-    changed = [f"{name} ({a} -> {b})" for name, (a, b) in changes.items() if name not in free]
+    changed = [
+        f"{name} ({old} -> {new})"
+        for name, (old, new) in changes.items()
+        if name not in free and not name.startswith("fleet.")
+    ]
     if changed:
         raise CheckpointError(
             f"cannot resume {folder.path} with other settings: {', '.join(changed)}"

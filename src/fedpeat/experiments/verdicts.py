@@ -7,7 +7,7 @@ from typing import Any
 
 from fedpeat.config.schema import AuditPlan
 
-__all__ = ["verdicts"]
+__all__ = ["privacy_verdicts", "verdicts"]
 
 _RECOVERED = (
     (0.9, "the emulator gives nearly all of the model's ability away"),
@@ -15,6 +15,13 @@ _RECOVERED = (
     (0.1, "the emulator gives part of the model's ability away"),
     (-float("inf"), "this attacker gains little from the emulator"),
 )
+_DEFENCES = {
+    "none": "no defence",
+    "example_level": "noise on the device",
+    "secure_aggregation": "only the sum is seen",
+    "client_level": "clipped sum with noise",
+    "run": "as the run made it",
+}
 _NAMES = {"fine_tune": "fine-tuning the emulator", "reinsert": "re-inserting the missing blocks"}
 
 
@@ -59,3 +66,27 @@ def _regained(ratio: float | None) -> str:
 
 def _percent(ratio: float | None) -> str:
     return "an unknown share" if ratio is None else f"{100 * ratio:.0f} %"
+
+
+def privacy_verdicts(result: Mapping[str, Any]) -> list[str]:
+    """Return what updates give away, one sentence each, from privacy_audit.json."""
+    lines = []
+    for item in result["membership"]:
+        name, best = max(item["attacks"].items(), key=lambda pair: pair[1]["auc"])
+        lines.append(
+            f"Membership, {item['training']}, {_DEFENCES[item['defence']]}: AUC {best['auc']:.2f} "
+            f"[{best['low']:.2f}, {best['high']:.2f}] by {name}, {_percent(best['tpr'])} found at "
+            f"1 % of false alarms{_promised(item['epsilon'])}."
+        )
+    lines += [
+        f"Inversion, {item['training']}, {_DEFENCES[item['defence']]}: ROUGE-1 "
+        f"{item['rouge_1']:.2f}, ROUGE-L {item['rouge_l']:.2f}, where another text of the same "
+        f"device has {item['baseline_rouge_1']:.2f} and {item['baseline_rouge_l']:.2f}"
+        f"{_promised(item['epsilon'])}."
+        for item in result["inversion"]
+    ]
+    return lines
+
+
+def _promised(epsilon: float | None) -> str:
+    return "" if epsilon is None else f" (epsilon {epsilon:.3g} for this round)"

@@ -66,8 +66,6 @@ def epsilon_of(spent: Mapping[tuple[float, float], int], delta: float) -> float:
     made = {key: steps for key, steps in spent.items() if steps}
     if not made:
         return 0.0
-    if any(noise_multiplier == 0 for noise_multiplier, _ in made):
-        return math.inf
     from opacus.accountants.analysis.rdp import (  # noqa: PLC0415 - takes seconds, and an extra
         get_privacy_spent,
     )

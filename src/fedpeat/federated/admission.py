@@ -16,7 +16,17 @@ from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.exchange import Sent
 from fedpeat.federated.screening import Limits, longest_update, one_line, screen, shown
 
-__all__ = ["SERVER_ID", "Outcome", "admit", "judge", "shares", "with_traffic"]
+__all__ = [
+    "SERVER_ID",
+    "Outcome",
+    "admit",
+    "answered",
+    "judge",
+    "refused",
+    "shares",
+    "with_seconds",
+    "with_traffic",
+]
 
 SERVER_ID = "server"
 _PLAIN = UpdateCodec()
@@ -28,7 +38,8 @@ class Outcome:
     """What came of one participant's task: its line in the metrics and, if accepted, its update.
 
     ``start`` is what it was given of what it tuned; ``bytes_saved``, by how much its message was
-    shorter than the same tensors in float32.
+    shorter than the same tensors in float32. Where secure aggregation shows a sum alone, one
+    outcome stands for ``num_devices``.
     """
 
     result: ParticipantResult
@@ -36,6 +47,7 @@ class Outcome:
     mean_loss: float | None = 0.0
     start: Mapping[str, np.ndarray] = field(default_factory=dict)
     bytes_saved: int = 0
+    num_devices: int = 1
 
     @property
     def accepted(self) -> bool:
@@ -51,19 +63,27 @@ def judge(
     codec: UpdateCodec = _PLAIN,
 ) -> Outcome:
     """Return what comes of a device's reply; None is a reply that has not come in time."""
-    if reply is None:
-        return _refused(client_id, "late", "no reply before the round closed")
-    if reply.content is None:
-        return _refused(client_id, "dropped" if reply.lost else "failed", reply.error)
+    content = answered(client_id, reply)
+    if isinstance(content, Outcome):
+        return content
     try:
-        sent = decode(reply.content, longest_update(current))
+        sent = decode(content, longest_update(current))
         plain = Payload(decode_update(sent.arrays, current, codec), sent.record)
-        outcome = admit(client_id, _with_seconds(plain), current, expected, limits)
+        outcome = admit(client_id, with_seconds(plain), current, expected, limits)
     except WireError as error:
-        return _refused(client_id, "rejected", str(error))
+        return refused(client_id, "rejected", str(error))
     if not outcome.accepted or plain.arrays is sent.arrays:
         return outcome
-    return replace(outcome, bytes_saved=len(encode(plain)) - len(reply.content))
+    return replace(outcome, bytes_saved=len(encode(plain)) - len(content))
+
+
+def answered(client_id: str, reply: Reply | None) -> bytes | Outcome:
+    """Return what a device answered; what comes of it if it did not."""
+    if reply is None:
+        return refused(client_id, "late", "no reply before the round closed")
+    if reply.content is None:
+        return refused(client_id, "dropped" if reply.lost else "failed", reply.error)
+    return reply.content
 
 
 def admit(
@@ -77,7 +97,7 @@ def admit(
     try:
         screen(payload, current, expected, limits)
     except WireError as error:
-        return _refused(client_id, "rejected", str(error))
+        return refused(client_id, "rejected", str(error))
     record = payload.record
     result = ParticipantResult(
         client_id=client_id,
@@ -140,15 +160,20 @@ def shares(
     ]
 
 
-def _with_seconds(payload: Payload) -> Payload:
-    """Turn a device's duration, text of fixed width, into a number."""
+def with_seconds(payload: Payload) -> Payload:
+    """Turn a device's duration, text of fixed width, into a number.
+
+    Raises:
+        WireError: If it is no such text.
+    """
     text = payload.record.get("seconds")
     if not isinstance(text, str) or not _SECONDS.fullmatch(text):
         raise WireError(f"seconds must be text such as '00012.345678', got {shown(text)}")
     return Payload(payload.arrays, {**payload.record, "seconds": float(text)})
 
 
-def _refused(client_id: str, status: Status, reason: str) -> Outcome:
+def refused(client_id: str, status: Status, reason: str) -> Outcome:
+    """Return the outcome of a participant whose update does not count."""
     short = one_line(reason) or "no reason given"
     return Outcome(ParticipantResult(client_id, _role(client_id), status, short))
 

@@ -157,7 +157,8 @@ class LoraAggregation:
 
 def update_norm(new: State, old: State) -> float:
     """Return the Euclidean distance between two adapters, whatever the order of their tensors."""
-    squares = [float(np.sum((new[name].astype(np.float64) - old[name]) ** 2)) for name in old]
+    moves = (np.subtract(new[name], old[name], dtype=np.float64) for name in old)
+    squares = [float(np.sum(np.square(move))) for move in moves]
     return math.sqrt(math.fsum(squares))  # a sum that rounds once, so that no order changes it
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from fedpeat.core.errors import WireError
 from fedpeat.core.records import Reply, Transport
 from fedpeat.core.seeds import generator
+from fedpeat.core.wire import Payload, decode, encode
+from fedpeat.federated.secagg.terms import SECURE_KEY
 
 __all__ = ["InProcessTransport", "UnreliableTransport"]
 
@@ -67,7 +70,8 @@ class InProcessTransport:
 class UnreliableTransport:
     """Loses some train tasks on the way, as devices that drop out of a round do.
 
-    Which are lost follows from the seed and the task itself, so that a resumed run loses the same.
+    Which are lost follows from the seed and the task itself, so that a resumed run loses the same;
+    what secure aggregation adds to a task is random, and left out of account.
     """
 
     def __init__(self, inner: Transport, dropout_ratio: float, seed: int) -> None:
@@ -106,5 +110,16 @@ class UnreliableTransport:
         return lost + (self._inner.poll(inner) if inner else [])
 
     def _is_lost(self, node: str, content: bytes) -> bool:
-        digest = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(_without_secrets(content)).hexdigest()
         return bool(generator(self._seed, "dropout", node, digest).random() < self._dropout_ratio)
+
+
+def _without_secrets(content: bytes) -> bytes:
+    try:
+        payload = decode(content)
+    except WireError:
+        return content
+    if SECURE_KEY not in payload.record:
+        return content
+    record = {key: value for key, value in payload.record.items() if key != SECURE_KEY}
+    return encode(Payload(payload.arrays, record))

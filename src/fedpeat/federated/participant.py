@@ -24,6 +24,8 @@ from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.codecs import UpdateCodec, UpdateEncoder
 from fedpeat.federated.screening import shown
+from fedpeat.federated.secagg.seam import SecureSide
+from fedpeat.federated.secagg.terms import SECURE_KEY, work_digest
 from fedpeat.federated.shelf import EmulatorShelf
 from fedpeat.tuning.local import LocalSettings, train
 
@@ -38,6 +40,9 @@ _LARGEST = {  # whole numbers of a task
 }
 _MAX_BATCH_SIZE = 2**16
 _MAX_NUMBER = 1e12
+_NOT_SECURE = (
+    "the run has federated.secure_aggregation, this device has not; both sides must set it"
+)
 
 
 def train_message(
@@ -53,6 +58,7 @@ def train_message(
     left_out: str = "",
     rank: int | None = None,
     codec: UpdateCodec | None = None,
+    secure: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return the message that asks a device to tune the round's adapter.
 
@@ -68,6 +74,7 @@ def train_message(
         left_out: Hash of the part that the device has kept; empty if all of the adapter is here.
         rank: Rank of LoRA in ``adapter``; the one that the emulator came with if not given.
         codec: How to send what was tuned; its tensors as they are if not given.
+        secure: What secure aggregation has to say; None without it.
     """
     task = _Task(
         server_round,
@@ -81,7 +88,8 @@ def train_message(
         rank,
         codec or UpdateCodec(),
     )
-    return encode(Payload(adapter, asdict(task)))
+    record = asdict(task) if secure is None else {**asdict(task), SECURE_KEY: secure}
+    return encode(Payload(adapter, record))
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,8 @@ class Participant:
         client_id: Its name.
         data: Its examples.
         shelf: Where emulators are.
+        secure: Its side of secure aggregation; it then takes part in no other way, and says of
+            itself neither examples nor tokens nor losses.
         noise: What its examples are hidden with; one that nobody else has if not given.
         least_noise: Noise multiplier below which it does not tune; 0 for any.
     """
@@ -118,6 +128,7 @@ class Participant:
         client_id: str,
         data: Examples,
         shelf: EmulatorShelf,
+        secure: SecureSide | None = None,
         *,
         noise: NoiseSource | None = None,
         least_noise: float = 0.0,
@@ -125,6 +136,7 @@ class Participant:
         self.client_id = client_id
         self._data = data
         self._shelf = shelf
+        self._secure = secure
         self._noise = noise or NoiseSource.fresh()
         self._least_noise = least_noise
         self._held: set[str] = set()
@@ -136,6 +148,7 @@ class Participant:
             "hello": self._hello,
             "hold": self.hold,
             "train": self._train,
+            **(secure.kinds if secure is not None else {}),
         }
 
     @property
@@ -186,18 +199,23 @@ class Participant:
             EmulatorError: If it needs an emulator that is damaged or not held.
             AdapterError: If its adapter does not fit the emulator, or lacks what is not kept here.
         """
+        if kind.startswith("secagg_") and self._secure is None:
+            raise WireError(_NOT_SECURE)
         if kind not in self._kinds:
             raise WireError(f"message kind must be one of {', '.join(self._kinds)}, got {kind!r}")
         return encode(self._kinds[kind](decode(content)))
 
     def _hello(self, payload: Payload) -> Payload:
-        record = {
+        record: dict[str, Any] = {
             "client_id": self.client_id,
-            "num_examples": self._data.num_examples,
-            "num_tokens": self._data.num_tokens,
             "held": self.held,
             "emulator_parts": self.parts,
         }
+        if self._secure is not None:
+            record["secure"] = True
+        else:
+            record["num_examples"] = self._data.num_examples
+            record["num_tokens"] = self._data.num_tokens
         asked = payload.record.get("parts", [])
         if not isinstance(asked, list):
             raise WireError(f"parts must be a list of hashes, got {shown(asked)}")
@@ -218,7 +236,9 @@ class Participant:
         return Payload(record={"held": manifest.sha256})
 
     def _train(self, payload: Payload) -> Payload:
-        task = _read_task(payload.record)
+        record = dict(payload.record)
+        secure = record.pop(SECURE_KEY, None)
+        task = _read_task(record)
         if task.emulator not in self._held:
             raise EmulatorError(f"{self.client_id} does not hold emulator {task.emulator[:12]}")
         if not task.settings.noise_multiplier >= self._least_noise:  # NaN compares as false
@@ -228,6 +248,7 @@ class Participant:
             )
         tunable = self._shelf.get(task.emulator)
         adapter = self._whole(payload.arrays, task.left_out)
+        self._agree(secure, adapter, task)
         tunable.load(adapter, rank=task.rank)
         tuned = part_of(adapter, task.tuned)
         self._keep({name: array for name, array in adapter.items() if name not in tuned})
@@ -242,6 +263,16 @@ class Participant:
                 noise=self._noise_of(task, adapter),
             )
             update = part.state()
+        told = {
+            "server_round": task.server_round,
+            "emulator": task.emulator,
+            "seconds": fixed_width(stats.seconds),
+        }
+        if self._secure is not None:
+            masked = self._secure.masked(
+                tuned, update, self._data.num_examples, stats.num_tokens, stats.mean_loss or 0.0
+            )
+            return Payload(masked.arrays, {**masked.record, **told})
         arrays = self._encoder.encode(
             update,
             tuned,
@@ -250,13 +281,7 @@ class Participant:
             part=task.tuned,
             server_round=task.server_round,
         )
-        record = {
-            "server_round": task.server_round,
-            "emulator": task.emulator,
-            "num_examples": self._data.num_examples,
-            **asdict(stats),
-            "seconds": fixed_width(stats.seconds),
-        }
+        record = {"num_examples": self._data.num_examples, **asdict(stats), **told}
         return Payload(arrays, record)
 
     def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
@@ -266,6 +291,18 @@ class Participant:
         """
         asked = {**asdict(task), "left_out": digest(adapter)}
         return self._noise.child("train", json.dumps(asked, sort_keys=True))
+
+    def _agree(self, secure: object, adapter: Mapping[str, np.ndarray], task: _Task) -> None:
+        """Check that a task is what this device and its neighbours agreed on.
+
+        Raises:
+            WireError: If it is not.
+        """
+        if self._secure is not None:
+            work = work_digest(asdict(task))
+            self._secure.begin(secure, adapter, task.server_round, task.emulator, work)
+        elif secure is not None:
+            raise WireError(_NOT_SECURE)
 
     def _whole(self, arrays: Mapping[str, np.ndarray], left_out: str) -> dict[str, np.ndarray]:
         """Return the adapter with the part that the server left out, since it is kept here."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,8 @@ from fedpeat.federated.screening import (
     one_line,
     shown,
 )
+from fedpeat.federated.secagg.joint import JointRound, Trained, trained_apart
+from fedpeat.federated.secagg.seam import SecureAggregator
 from fedpeat.federated.shelf import Rung, hashes_of
 from fedpeat.tuning.local import LocalSettings
 
@@ -96,6 +99,7 @@ class Federation:
         optimizer: What is done with the average.
         limits: What an update may be.
         defence: What is done against updates that are as they may be, and poisoned.
+        secure: Aggregates devices' updates so that their sum alone is seen; None for in clear.
         privacy: What is promised to examples and devices.
         settings: How participants train.
         codec: How devices send their updates.
@@ -120,6 +124,7 @@ class Federation:
         optimizer: ServerOptimizer,
         limits: Limits,
         defence: Defence | None = None,
+        secure: SecureAggregator | None = None,
         privacy: Privacy | None = None,
         settings: LocalSettings,
         codec: UpdateCodec | None = None,
@@ -140,6 +145,7 @@ class Federation:
         self._optimizer = optimizer
         self._limits = limits
         self._defence = defence or Defence()
+        self._secure = secure
         self._privacy = privacy or Privacy()
         self._settings = settings
         self._codec = codec or UpdateCodec()
@@ -178,30 +184,36 @@ class Federation:
         plan = self._controller.plan(observed)
         self._check_plan(server_round, plan, clients)
         refresh_bytes = self._align(state, clients) if plan.realigns else {}
-        outcomes = self._train(state, plan, clients, lasting, exchange)
-        updates = self._defence.clipped([outcome for outcome in outcomes if outcome.accepted])
-        results = {o.result.client_id: o.result for o in [*outcomes, *updates]}
+        trained = self._train(state, plan, clients, lasting, exchange)
+        updates = self._defence.clipped(trained.updates)
+        results = {
+            o.result.client_id: o.result
+            for o in [*trained.outcomes, *updates]
+            if o.num_devices == 1
+        }
         updates, left_out = self._defence.enough(updates)
         num_rejections, set_aside = self._defence.counted(
             state.num_rejections, list(results.values())
         )
-        warnings = [*warnings, *left_out, *set_aside]
+        warnings = [*warnings, *trained.warnings, *left_out, *set_aside]
+        num_accepted = sum(update.num_devices for update in updates)
         weights: list[float] = []
         error = None
         if self._privacy.client is not None and clients:  # even if nobody was drawn or answered
             new_state, averaged = self._aggregate_privately(state, plan, updates)
             weights = averaged.weights
             error = self._product_error(state, updates, weights) if updates else None
-        elif len(updates) >= self._min_clients:
+        elif num_accepted >= self._min_clients:
             trust = {name: rung.trust for name, rung in self.rungs.items()}
             weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
             new_state, averaged = self._aggregate(state, updates, weights)
             weights, warnings = averaged.weights, [*warnings, *averaged.warnings]
-            error = self._product_error(state, updates, weights)
+            if num_accepted == len(updates):  # else what each made of its factors is not known
+                error = self._product_error(state, updates, weights)
         elif clients and not plan.server_steps and all(client.lost for client in plan.cohort):
             new_state = replace(state, server_round=server_round)  # as planned
         else:
-            shortage = self._shortage(len(updates), list(results.values()), warnings)
+            shortage = self._shortage(num_accepted, list(results.values()), warnings)
             new_state = self._barren(state, updates, shortage)
             warnings = [*warnings, f"the adapter stays as it was: {shortage}"]
         new_state = replace(
@@ -220,15 +232,15 @@ class Federation:
         )
         return new_state, RoundResult(
             server_round=server_round,
-            train_loss=_mean([u.mean_loss for u in updates if u.mean_loss is not None]),
+            train_loss=_train_loss(updates),
             update_norm=update_norm(new_state.adapter, state.adapter),
             product_error=error,
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
             bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
             bytes_up_plain=sum(sent.bytes_up for sent in exchange.traffic.values())
-            + sum(outcome.bytes_saved for outcome in outcomes),
-            num_tokens=sum(r.num_tokens for r in participants),
+            + sum(outcome.bytes_saved for outcome in trained.outcomes),
+            num_tokens=trained.num_hidden_tokens + sum(r.num_tokens for r in participants),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
             refresh_bytes=refresh_bytes,
@@ -318,7 +330,13 @@ class Federation:
         if reply is None or reply.content is None:
             raise WireError(reply.error if reply is not None else "no answer before the deadline")
         record = decode(reply.content, MAX_ANSWER_BYTES).record
-        check_num_examples(record.get("num_examples"), self._limits.max_examples)
+        if (record.get("secure") is True) != (self._secure is not None):
+            own, others = ("false", "true") if self._secure is None else ("true", "false")
+            raise WireError(
+                f"federated.secure_aggregation must be as here, {own}, on the device, got {others}"
+            )
+        if self._secure is None:  # else it is nobody's business
+            check_num_examples(record.get("num_examples"), self._limits.max_examples)
         held = check_held("held", record.get("held"))
         rungs = tuple(name for name, rung in self.rungs.items() if rung.sha256 in held)
         held_parts = check_held("emulator_parts", record.get("emulator_parts"))
@@ -326,7 +344,7 @@ class Federation:
         is_hidden = self._privacy.client is not None  # who is chosen must not tell of its data
         last_loss = None if is_hidden else state.last_losses.get(node)
         return ClientState(
-            node, record["num_examples"], rungs, frozenset(held_parts), last_loss, kept
+            node, record.get("num_examples", 0), rungs, frozenset(held_parts), last_loss, kept
         )
 
     def _check_plan(
@@ -363,7 +381,7 @@ class Federation:
         clients: Mapping[str, ClientState],
         lasting: Mapping[str, Mapping[str, State]],
         exchange: Exchange,
-    ) -> list[Outcome]:
+    ) -> Trained:
         """Let the cohort train, and the server meanwhile; return what came of each, as planned."""
         server_round = state.server_round + 1
         tuned = self._lora.tuned_part(server_round)
@@ -375,6 +393,11 @@ class Federation:
         }
         unequipped = {**lost, **self._exchange_emulators(plan, clients, exchange)}
         ready = [client for client in plan.cohort if client.client_id not in unequipped]
+        joint = self._joint(state, plan, unequipped, starts, exchange)
+        if joint is not None:
+            if not joint.parts:
+                return joint.finish(unequipped, [])
+            ready = [client for client in ready if client.client_id in joint.parts]
         own: list[Payload] = []
         tasks = {
             client.client_id: self._train_task(
@@ -383,6 +406,7 @@ class Federation:
                 starts[client.client_id],
                 clients[client.client_id],
                 lasting[client.rung],
+                None if joint is None else joint.parts[client.client_id],
             )
             for client in ready
         }
@@ -395,7 +419,12 @@ class Federation:
         if self._reception is not None:
             longest = {c: longest_update(part_of(starts[c], tuned)) for c in answers}
             self._reception.remember(answers, longest)
+        start = part_of(state.adapter, tuned)
+        server = [admit(SERVER_ID, payload, start, {}, self._limits) for payload in own]
         replies: dict[str, Reply | None] = {**answers, **unequipped}
+        del answers
+        if joint is not None:
+            return joint.finish(replies, server)
         outcomes = []
         for client in plan.cohort:
             expected = {"server_round": server_round, "emulator": self.rungs[client.rung].sha256}
@@ -406,9 +435,30 @@ class Federation:
             outcome = judge(client.client_id, reply, start, expected, self._limits, self._codec)
             sent = exchange.traffic[client.client_id]
             outcomes.append(with_traffic(outcome, sent, client.rung))
-        start = part_of(state.adapter, tuned)
-        outcomes += [admit(SERVER_ID, payload, start, {}, self._limits) for payload in own]
-        return outcomes
+        return trained_apart(outcomes, server)
+
+    def _joint(
+        self,
+        state: FederationState,
+        plan: RoundPlan,
+        unequipped: Mapping[str, Reply | None],
+        starts: Mapping[str, State],
+        exchange: Exchange,
+    ) -> JointRound | None:
+        """Have devices share their secrets; None where updates come in clear, or none come."""
+        if self._secure is None or not plan.cohort:
+            return None
+        return JointRound(
+            self._secure,
+            plan.cohort,
+            unequipped,
+            server_round=state.server_round + 1,
+            starts=starts,
+            tuned=self._lora.tuned_part(state.server_round + 1),
+            emulators={name: rung.sha256 for name, rung in self.rungs.items()},
+            settings=self._settings,
+            exchange=exchange,
+        )
 
     def _starts(self, state: FederationState, plan: RoundPlan) -> dict[str, State]:
         """Return the adapter that each device of a cohort starts from: that of its own blocks."""
@@ -450,6 +500,7 @@ class Federation:
         start: State,
         known_of: ClientState,
         lasting: Mapping[str, State],
+        secure: Mapping[str, Any] | None,
     ) -> bytes:
         kept, settings = known_of.kept_part, self._settings
         if self._privacy.example is not None:
@@ -467,6 +518,7 @@ class Federation:
             left_out=kept if known else "",
             rank=self._lora.client_ranks.get(client.client_id),
             codec=self._codec,
+            secure=secure,
         )
 
     def _train_server(
@@ -552,11 +604,17 @@ def _if_held(reply: Reply | None, sha256: str) -> Reply | None:
 
 
 def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:
-    new = {u.result.client_id: u.mean_loss for u in updates if u.mean_loss is not None}
+    new = {
+        u.result.client_id: u.mean_loss
+        for u in updates
+        if u.mean_loss is not None and u.num_devices == 1
+    }
     return {**state.last_losses, **new}
 
 
-def _mean(losses: list[float]) -> float | None:
+def _train_loss(updates: list[Outcome]) -> float | None:
+    """Return the mean loss of all that took part and told theirs, each alike."""
+    losses = [u.mean_loss for u in updates for _ in range(u.num_devices) if u.mean_loss is not None]
     return float(np.mean(losses)) if losses else None
 
 

@@ -99,12 +99,17 @@ class Rung:
             current: What ``hashes_of`` says of all rungs; a device forgets all else.
             offer: Says how parts can be fetched; they are in the message if there is none.
         """
+        if offer is None:
+            return encode(self.hold_payload(lacking, current))
         parts = {sha256: part for sha256, part in self.parts.items() if sha256 in lacking}
-        record = {**self.hold_record, "current": list(current)}
-        if offer is not None:
-            return encode(Payload(record={**record, "fetch": dict(offer(parts))}))
+        record = {**self.hold_payload((), current).record, "fetch": dict(offer(parts))}
+        return encode(Payload(record=record))
+
+    def hold_payload(self, lacking: Collection[str], current: Iterable[str]) -> Payload:
+        """Return what ``hold_message`` says, for a shelf in this process: no part is copied."""
+        parts = {sha256: part for sha256, part in self.parts.items() if sha256 in lacking}
         arrays = {sha256: np.frombuffer(content, np.uint8) for sha256, content in parts.items()}
-        return encode(Payload(arrays, record))
+        return Payload(arrays, {**self.hold_record, "current": list(current)})
 
 
 def hashes_of(rungs: Iterable[Rung]) -> list[str]:

@@ -10,6 +10,7 @@ from fedpeat.core.errors import DataError
 from fedpeat.report.audit import load_audit
 from fedpeat.report.controller import load_trained
 from fedpeat.report.fields import Fields, parse_object, read_text
+from fedpeat.report.privacy_audit import load_privacy_audit
 from fedpeat.report.records import (
     BESIDE,
     METRICS,
@@ -91,6 +92,7 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
         summary=summary,
         reference=reference,
         audit=load_audit(folder),
+        privacy_audit=load_privacy_audit(folder),
         trained=load_trained(folder),
         notes=lines.notes() if lines else (),
     )

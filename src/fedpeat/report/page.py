@@ -23,6 +23,7 @@ from fedpeat.report.load import load_run
 from fedpeat.report.markup import Html, element, join, literal
 from fedpeat.report.overview import checks_section, key_figures, qualities_section
 from fedpeat.report.participation import participation_section
+from fedpeat.report.privacy_audit import privacy_audit_lead, privacy_audit_section
 from fedpeat.report.quantities import count_text, number_text
 from fedpeat.report.records import RunData
 from fedpeat.report.simulated import has_simulated, simulated_lead, simulated_section
@@ -99,6 +100,17 @@ def render_report(run: RunData) -> str:
                 )
             ]
             if run.audit
+            else []
+        ),
+        *(
+            [
+                section(
+                    "What updates give away",
+                    privacy_audit_lead(run.privacy_audit),
+                    privacy_audit_section(run.privacy_audit),
+                )
+            ]
+            if run.privacy_audit
             else []
         ),
         section("Who took part when", "", participation_section(run)),

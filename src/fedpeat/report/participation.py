@@ -253,7 +253,9 @@ def _told(item: Participation | None) -> str:
         return ""
     parts = [f"rung {item.rung}"] if item.rung else []
     parts += [_short(item.reason)] if item.reason else []
-    if item.status == "accepted" and item.weight is not None:
+    if item.status == "accepted" and item.num_examples == 0:
+        parts.append("hidden in the sum of devices")
+    elif item.status == "accepted" and item.weight is not None:
         parts.append(f"weight {number_text(item.weight, 3)}")
     if item.first_loss is not None and item.last_loss is not None:
         parts.append(f"loss {number_text(item.first_loss, 3)} to {number_text(item.last_loss, 3)}")

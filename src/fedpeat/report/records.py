@@ -251,6 +251,53 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class MembershipAttack:
+    """How well one attack tells the examples in an update from others."""
+
+    name: str
+    auc: float | None
+    low: float | None
+    high: float | None
+    tpr: float | None
+    """Share of the members found at 1 % of false alarms."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Attacks on one kind of update behind one defence."""
+
+    training: str
+    defence: str
+    epsilon: float | None
+    num_members: float | None
+    num_others: float | None
+    attacks: tuple[MembershipAttack, ...]
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Texts read back from one kind of update behind one defence."""
+
+    training: str
+    defence: str
+    epsilon: float | None
+    num_texts: float | None
+    rouge_1: float | None
+    rouge_l: float | None
+    baseline_rouge_1: float | None
+    baseline_rouge_l: float | None
+
+
+@dataclass(frozen=True)
+class PrivacyAudit:
+    """privacy_audit.json."""
+
+    num_devices: float | None
+    membership: tuple[Membership, ...]
+    inversion: tuple[Inverted, ...]
+
+
+@dataclass(frozen=True)
 class Learning:
     """One policy's returns while it was trained."""
 
@@ -308,6 +355,8 @@ class RunData:
     """The run of the upper bound, ``full_tuned``, if this run has one."""
     audit: Audit | None = None
     """What the emulator gives away, if it was audited."""
+    privacy_audit: PrivacyAudit | None = None
+    """What updates give away, if that was audited."""
     trained: Trained | None = None
     """What the run was steered by, if that was trained."""
     notes: tuple[str, ...] = ()

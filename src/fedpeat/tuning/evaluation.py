@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int
 from torch import nn
 
-from fedpeat.data.examples import Examples
+from fedpeat.data.examples import IGNORED, Examples
 from fedpeat.model.modes import evaluating
 from fedpeat.tuning.loss import autocast, batch_of, losses_of, scores
 
-__all__ = ["BESIDE", "METRICS", "Quality", "evaluate", "evaluating"]
+__all__ = ["BESIDE", "METRICS", "Quality", "evaluate", "evaluating", "example_losses"]
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,18 @@ def evaluate(model: nn.Module, data: Examples, batch_size: int) -> Quality:
             num_bytes += data.num_bytes(rows)
             num_correct += int((logits.argmax(-1) == batch.targets).sum())
     return Quality(nll, num_tokens, num_bytes, num_correct)
+
+
+def example_losses(
+    model: nn.Module, data: Examples, rows: Int[np.ndarray, " rows"], batch_size: int
+) -> Float64[np.ndarray, " rows"]:
+    """Return the mean loss of each of some examples [nat]; 0 for one without a target."""
+    device = next(model.parameters()).device
+    found = [np.zeros(0)]
+    with evaluating(model), torch.inference_mode(), autocast(model, device):
+        for start in range(0, len(rows), batch_size):
+            batch = batch_of(data, rows[start : start + batch_size], device)
+            losses = losses_of(scores(model, batch), batch.targets).double().flatten(1)
+            counts = (batch.targets.flatten(1) != IGNORED).sum(1).clamp(min=1)
+            found.append((losses.sum(1) / counts).cpu().numpy())
+    return np.concatenate(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUM_TRIES = 8
 _WAIT_SECONDS = 1.0
 _TIME_OUT_SECONDS = 30.0
-_CHUNK_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,22 @@ class Offer:
 
     num_bytes: int
     token: str
+
+
+class _OnDisk(Mapping[str, np.ndarray]):
+    """Files as arrays: one that nobody uses any more takes no memory."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.frombuffer(self._paths[name].read_bytes(), np.uint8)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 class PartCache:
@@ -59,14 +74,10 @@ class PartCache:
         """Return the hashes of the parts that are here."""
         return sorted(p.name for p in self._folder.iterdir() if _SHA256.fullmatch(p.name))
 
-    def arrays(self, hashes: Collection[str]) -> dict[str, np.ndarray]:
-        """Return parts as bytes that stay on the disk until they are read."""
+    def arrays(self, hashes: Collection[str]) -> Mapping[str, np.ndarray]:
+        """Return those of some parts that are here; each is read anew whenever it is asked for."""
         paths = {sha256: self._folder / sha256 for sha256 in hashes if _SHA256.fullmatch(sha256)}
-        return {
-            sha256: np.memmap(path, np.uint8, mode="r")
-            for sha256, path in paths.items()
-            if path.exists() and path.stat().st_size
-        }
+        return _OnDisk({sha256: path for sha256, path in paths.items() if _size(path)})
 
     def forget_all_but(self, current: Collection[str]) -> None:
         """Delete the parts that are of no use any more, by the beginnings of their hashes."""
@@ -81,6 +92,9 @@ class PartCache:
             WireError: If a part does not come, or is not what its hash says.
             StorageError: If it cannot be written.
         """
+        for sha256 in offers:
+            if not _SHA256.fullmatch(sha256):
+                raise WireError(f"a part must be called by its hash, got {sha256[:80]!r}")
         context = ssl.create_default_context(cafile=self._ca)
         with httpx.Client(verify=context, timeout=_TIME_OUT_SECONDS) as client:
             return sum(
@@ -90,38 +104,33 @@ class PartCache:
             )
 
     def _fetch(self, client: httpx.Client, sha256: str, offer: Offer) -> int:
-        if not _SHA256.fullmatch(sha256):
-            raise WireError(f"a part must be called by its hash, got {sha256[:80]!r}")
         partial = self._folder / f"{sha256}.partial"
-        came, reason = 0, ""
-        for attempt in range(_NUM_TRIES):
-            if attempt:
-                time.sleep(_WAIT_SECONDS * attempt)
+        came, num_failures, reason = 0, 0, ""
+        while num_failures < _NUM_TRIES:
+            time.sleep(_WAIT_SECONDS * num_failures)
+            have, reason = _size(partial), "the connection was cut"
             try:
-                came += self._append(client, sha256, offer, partial)
+                if have < offer.num_bytes:
+                    self._append(client, sha256, offer, partial, have)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
-                continue
-            if partial.stat().st_size < offer.num_bytes:
-                reason = "the connection was cut"
+            new = _size(partial) - have
+            came += new
+            if have + new < offer.num_bytes:
+                num_failures += new == 0  # one that brought something was none
                 continue
             if sha256_of_file(partial) == sha256:
                 partial.replace(self._folder / sha256)
                 return came
             partial.unlink()
-            reason = "what came has another hash"
+            num_failures, reason = num_failures + 1, "what came has another hash"
         raise WireError(f"part {sha256[:12]} did not come in {_NUM_TRIES} tries: {reason}")
 
-    def _append(self, client: httpx.Client, sha256: str, offer: Offer, partial: Path) -> int:
-        """Go on where an earlier try was cut; return how many bytes came."""
-        have = partial.stat().st_size if partial.exists() else 0
-        if have > offer.num_bytes:
-            partial.unlink()
-            have = 0
-        if have == offer.num_bytes:
-            return 0
+    def _append(
+        self, client: httpx.Client, sha256: str, offer: Offer, partial: Path, have: int
+    ) -> None:
+        """Go on where an earlier try was cut."""
         headers = {"Authorization": f"Bearer {offer.token}", "Range": f"bytes={have}-"}
-        came = 0
         with (
             storage_errors(partial),
             partial.open("ab") as file,
@@ -131,11 +140,14 @@ class PartCache:
                 raise WireError(
                     f"the server must send part {sha256[:12]}, got status {answer.status_code}"
                 )
-            for chunk in answer.iter_raw(_CHUNK_BYTES):
-                came += len(chunk)
-                if have + came > offer.num_bytes:
+            for chunk in answer.iter_raw():  # as it comes: what is collected is lost with a cut
+                have += len(chunk)
+                if have > offer.num_bytes:
                     raise WireError(
                         f"part {sha256[:12]} must have {offer.num_bytes} bytes, got more"
                     )
                 file.write(chunk)
-        return came
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

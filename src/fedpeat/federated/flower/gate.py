@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-__all__ = ["PARTS_PATH", "GateSettings", "gate", "token_for"]
+__all__ = ["PARTS_PATH", "GateSettings", "gate", "gate_server", "token_for"]
 
 PARTS_PATH = "/v1/parts"
 _FLEET_CALL = re.compile(r"/v1/fleet/[a-z-]+")
@@ -106,7 +106,7 @@ def gate(settings: GateSettings) -> Starlette:
             return _refused(404)
         return FileResponse(path, media_type="application/octet-stream")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/fleet/{call}", fleet, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
@@ -114,6 +114,8 @@ def gate(settings: GateSettings) -> Starlette:
         ],
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def _is_valid(token: str, secret: bytes, sha256: str) -> bool:
@@ -162,15 +164,16 @@ def _refused(status: int) -> Response:
     return PlainTextResponse("", status)
 
 
-def main() -> None:
-    """Serve until told to end."""
-    settings = GateSettings(**json.loads(Path(sys.argv[1]).read_text()))
-    uvicorn.run(
+def gate_server(settings: GateSettings) -> uvicorn.Server:
+    """Return the server that lets in only TLS, and only so many at a time."""
+    config = uvicorn.Config(
         gate(settings),
         host=settings.host,
         port=settings.port,
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.key,
+        http="h11",  # it bounds the length of a head, which others do not
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -178,6 +181,12 @@ def main() -> None:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 * 1024,
     )
+    return uvicorn.Server(config)
+
+
+def main() -> None:
+    """Serve until told to end."""
+    gate_server(GateSettings(**json.loads(Path(sys.argv[1]).read_text()))).run()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ __all__ = ["DeviceKeys", "ServerKeys", "device_keys", "make_keys", "server_keys"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _CURVE = ec.SECP384R1  # one that SuperNodes can sign with
+_LOOPBACK = "127.0.0.1"
 _PEM = serialization.Encoding.PEM
 _PKCS8, _OPENSSH = serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.OpenSSH
 
@@ -166,7 +167,8 @@ def _make_server(folder: Path, authority: _Authority, hosts: Sequence[str], num_
     if not hosts:
         raise ConfigError("a server's certificate must name at least one host, got none")
     key = ec.generate_private_key(_CURVE())
-    names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+    own = dict.fromkeys([*hosts, _LOOPBACK])  # where the gate reaches the SuperLink
+    names = x509.SubjectAlternativeName([_host(host) for host in own])
     certificate = _issued(
         "fedpeat server", key, authority, num_days, ExtendedKeyUsageOID.SERVER_AUTH, names
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,15 +26,22 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 _GRACE_SECONDS = 5.0
+_TAIL_BYTES = 4096
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LAST_WORDS = re.compile(r"Exit Code: \d+\n(.+?)(?:\n\n|\Z)", re.DOTALL)  # at the end of a log
+_LASTING_SECONDS = 30.0  # a program that ran as long is well
+_MOST_BACK_OFF_SECONDS = 64.0
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Nothing but the server is called, nothing is installed while it runs."""
+
+FLOWER_DEFAULTS = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+"""What may be set otherwise: a busy machine is spared by asking for tasks less often [s]."""
 
 
 def tool(name: str) -> str:
@@ -49,7 +57,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         more: Further variables.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path, **more}
+    fixed = {**FLOWER_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
+    return {**FLOWER_DEFAULTS, **os.environ, **fixed, **more}
 
 
 def end_on_sigterm() -> None:
@@ -70,7 +79,8 @@ class Program:
         command: Path and arguments.
         env: Its environment.
         log: File for what it says.
-        back_off_seconds: How long to wait before it is started again [s].
+        back_off_seconds: How long to wait before it is started again [s]; twice as long each time
+            that it ends at once.
     """
 
     name: str
@@ -80,7 +90,17 @@ class Program:
     back_off_seconds: float = 2.0
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     start_at: float = field(default=0.0, init=False)
+    started_at: float = field(default=0.0, init=False)
     num_starts: int = field(default=0, init=False)
+    log_start: int = field(default=0, init=False)
+    num_failures: int = field(default=0, init=False)
+
+    def wait_after_end(self) -> float:
+        """Return how long to wait now that it has ended [s], and count it if it ended at once."""
+        lasted = time.monotonic() - self.started_at >= _LASTING_SECONDS
+        self.num_failures = 0 if lasted else self.num_failures + 1
+        doubled = self.back_off_seconds * 2.0 ** min(max(self.num_failures - 1, 0), 16)
+        return max(self.back_off_seconds, min(doubled, _MOST_BACK_OFF_SECONDS))
 
 
 class Supervisor:
@@ -95,17 +115,22 @@ class Supervisor:
         self._programs = list(programs)
         self._say = say
 
+    def add(self, programs: Sequence[Program]) -> None:
+        """Keep further programs running, from the next look on."""
+        self._programs += programs
+
     def look(self) -> None:
         """Start what is not running and is due."""
         for program in self._programs:
             process = program.process
             if process is not None and process.poll() is not None:
+                seconds = program.wait_after_end()
                 self._say(
-                    f"{program.name} ended with {process.returncode}; "
-                    f"again in {program.back_off_seconds:g} s (see {program.log})"
+                    f"{program.name} ended with {process.returncode}; again in {seconds:g} s"
+                    f"{_last_words(program)} (see {program.log})"
                 )
                 program.process = None
-                program.start_at = time.monotonic() + program.back_off_seconds
+                program.start_at = time.monotonic() + seconds
             if program.process is None and time.monotonic() >= program.start_at:
                 _start(program)
 
@@ -124,9 +149,22 @@ class Supervisor:
             program.process = None
 
 
+def _last_words(program: Program) -> str:
+    """Return why a program of Flower ended, as its log says: ": REASON", or nothing."""
+    try:
+        with program.log.open("rb") as file:
+            file.seek(max(program.log_start, program.log.stat().st_size - _TAIL_BYTES))
+            text = _COLOURS.sub("", file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    found = _LAST_WORDS.findall(text)
+    return f": {' '.join(found[-1].split())}" if found else ""
+
+
 def _start(program: Program) -> None:
     program.log.parent.mkdir(parents=True, exist_ok=True)
     with program.log.open("ab") as log:
+        program.log_start = log.tell()
         program.process = subprocess.Popen(  # noqa: S603 - our own list of programs
             [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *program.command],
             env=dict(program.env),
@@ -135,7 +173,7 @@ def _start(program: Program) -> None:
             stderr=log,
             start_new_session=True,
         )
-    program.num_starts += 1
+    program.num_starts, program.started_at = program.num_starts + 1, time.monotonic()
 
 
 def _signal(program: Program, number: int) -> None:

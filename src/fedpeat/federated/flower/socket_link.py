@@ -41,7 +41,8 @@ def ask(path: Path, kind: str, content: bytes) -> bytes:
 def send(link: socket.socket, content: bytes) -> None:
     """Send one piece."""
     link.sendall(len(content).to_bytes(8, "big"))
-    link.sendall(content)
+    if content:  # else the other side may have answered and gone already
+        link.sendall(content)
 
 
 def receive_kind(link: socket.socket) -> str:

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from fedpeat.core.errors import FedPEATError, WireError
+from fedpeat.core.errors import EmulatorError, FedPEATError, WireError
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
+from fedpeat.federated.flower.recall import Answers
 from fedpeat.federated.flower.socket_link import receive, receive_kind, send
 from fedpeat.federated.participant import Participant
 from fedpeat.federated.screening import shown
+from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.shelf import EmulatorShelf
 
 __all__ = ["Device", "serve_device"]
@@ -43,6 +45,8 @@ class Device:
         shelf: Emulators in its memory.
         read_data: Reads its data once the server has said how.
         say: Is told what goes on.
+        secure: Its side of secure aggregation; None if its updates go in clear.
+        max_emulator_bytes: Largest emulator that it takes [byte]; any if None.
         least_noise: Noise multiplier below which it does not tune; 0 for any.
 
     What it hides its examples with is drawn anew whenever it is started.
@@ -55,7 +59,9 @@ class Device:
         shelf: EmulatorShelf,
         read_data: ReadData,
         say: Callable[[str], object],
+        secure: SecureSide | None = None,
         *,
+        max_emulator_bytes: int | None = None,
         least_noise: float = 0.0,
     ) -> None:
         self._name = name
@@ -63,6 +69,8 @@ class Device:
         self._shelf = shelf
         self._read_data = read_data
         self._say = say
+        self._secure = secure
+        self._max_emulator_bytes = max_emulator_bytes
         self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
@@ -117,7 +125,7 @@ class Device:
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
         self._participant = Participant(
-            self._name, data, self._shelf, least_noise=self._least_noise
+            self._name, data, self._shelf, self._secure, least_noise=self._least_noise
         )
         self._welcome = str(payload.record.get("welcome"))
         self._say(f"welcomed; {data.num_examples} examples with {data.num_tokens:,} tokens")
@@ -127,12 +135,22 @@ class Device:
         assert self._participant is not None
         record = decode(content).record
         parts = _parts(record.get("manifest"))
+        self._require_room(sum(parts.values()))
         num_bytes = self._cache.fetch(_offers(record.get("fetch"), parts))
         whole = Payload(self._cache.arrays(parts), record)
         answer = self._participant.hold(whole).record
         self._cache.forget_all_but(record["current"])
         self._say(f"holds emulator {str(answer['held'])[:12]} ({num_bytes:,} bytes came)")
         return encode(Payload(record={**answer, "fetched_bytes": num_bytes}))
+
+    def _require_room(self, num_bytes: int) -> None:
+        """Refuse an emulator that this device cannot hold, before it is fetched."""
+        most = self._max_emulator_bytes
+        if most is not None and num_bytes > most:
+            raise EmulatorError(
+                f"{self._name} can hold an emulator of at most {most:,} bytes, this one has "
+                f"{num_bytes:,}; it waits for a smaller rung"
+            )
 
 
 def _parts(manifest: object) -> dict[str, int]:
@@ -166,7 +184,7 @@ def _offers(value: object, parts: Mapping[str, int]) -> dict[str, Offer]:
     return offers
 
 
-def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> None:
+def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
     """Answer messages on a Unix socket, which only this user can reach, until told to end."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -182,7 +200,7 @@ def serve_device(path: Path, device: Device, say: Callable[[str], object]) -> No
                 _answer_one(link, device, say)
 
 
-def _answer_one(link: socket.socket, device: Device, say: Callable[[str], object]) -> None:
+def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
         kind, content = receive_kind(link), receive(link)
         try:
