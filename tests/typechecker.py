@@ -16,7 +16,7 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray, TypeCheckError
 
-# a violation is a TypeError, as the code that is checked would raise
+# a violation is a TypeError, as jaxtyping's own is, and as the code that is checked would raise
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError))
 with_axes: Callable[..., Any] = jaxtyping.jaxtyped
 

@@ -80,7 +80,7 @@ class Contents(Mapping[str, bytes]):
 
     def __getitem__(self, sha256: str) -> bytes:
         array = self._arrays[sha256]
-        whole = array.base
+        whole: object = array.base  # the bytes of np.frombuffer, whatever its types say
         return whole if isinstance(whole, bytes) and len(whole) == array.size else array.tobytes()
 
     def __iter__(self) -> Iterator[str]:
