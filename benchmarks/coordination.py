@@ -5,7 +5,7 @@ own that `fedpeat serve` and `fedpeat join` run, whose worker stays warm; plain 
 ClientApp imports torch; and the last two with an emulator of GPT-2 small's shape, where the plain
 ClientApp loads transformers, PEFT and the emulator for each message.
 
-    python benchmarks/coordination.py [--rounds 4] [--parts process warm plain warm-gpt2 cold-gpt2]
+    python benchmarks/coordination.py [--rounds 4] [--parts process process-cpu warm plain ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def adapter() -> dict[str, np.ndarray]:
     }
 
 
-def in_process(_: Path, __: int, ___: int) -> Found:
+def in_process(_: Path, __: int, ___: int, clock: Callable[[], float] = time.perf_counter) -> Found:
     """Let four devices return what they get."""
     rung = Rung("e" * 64, {}, {})
     federation = Federation(
@@ -111,9 +112,9 @@ def in_process(_: Path, __: int, ___: int) -> Found:
     )
     state, seconds = FederationState(0, adapter()), []
     for _round in range(100):
-        start = time.perf_counter()
+        start = clock()
         state, result = federation.run_round(state, None)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         assert not result.warnings, result.warnings
     return seconds, {"all": psutil.Process().memory_info().rss / 1e6}
 
@@ -134,8 +135,8 @@ def returned(kind: str, content: bytes) -> bytes:
 
 
 def warm(folder: Path, num_rounds: int, num_devices: int) -> Found:
-    """Run the bundled model with an adapter of about 1 MB, one step of one block a round."""
-    adapter = {"r": 40, "lora_alpha": 40, "placement": "all"}
+    """Run the bundled model with an adapter of 1 MB, one step of one block a round."""
+    adapter = {"r": 14, "lora_alpha": 14, "placement": "all"}
     return own_fleet(folder, num_rounds, num_devices, "bundled", adapter)
 
 
@@ -188,7 +189,8 @@ def own_fleet(
         programs[name] = started([*command, "--num-threads", "1"], os.environ, log)
     with Memory(programs.values()) as memory:
         try:
-            programs["serve"].wait(TIME_OUT_SECONDS)
+            if programs["serve"].wait(TIME_OUT_SECONDS):
+                raise RuntimeError(log.read_text()[-2000:])
         finally:
             for program in programs.values():
                 program.send_signal(signal.SIGTERM)
@@ -290,6 +292,7 @@ def kind_of(command: list[str]) -> str:
 Measure = Callable[[Path, int, int], Found]
 PARTS: dict[str, tuple[str, Measure]] = {
     "process": ("4 devices in this process, adapter of 1.2 MB", in_process),
+    "process-cpu": ("the same, processor time", partial(in_process, clock=time.process_time)),
     "warm": ("serve and join, adapter of 1 MB", warm),
     "plain": ("plain Flower, 2 nodes, torch, 1 MB", plain),
     "warm-gpt2": ("serve and join, GPT-2 small", warm_gpt2),

@@ -78,7 +78,8 @@ def imported_modules() -> set[str]:
 
 
 def test_every_imported_package_is_declared(project: dict[str, Any]) -> None:
-    required = project["dependencies"] + project["optional-dependencies"]["flower"]
+    extras = project["optional-dependencies"]
+    required = project["dependencies"] + extras["flower"] + extras["privacy"]
     declared = {canonicalize_name(Requirement(line).name) for line in required}
     distributions = metadata.packages_distributions()
     undeclared = {

@@ -14,10 +14,10 @@ from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray
+from jaxtyping import AbstractArray, TypeCheckError
 
 # a violation is a TypeError, as jaxtyping's own is, and as the code that is checked would raise
-check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError))
 with_axes: Callable[..., Any] = jaxtyping.jaxtyped
 
 

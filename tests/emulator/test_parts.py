@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.package import EmulatorPackage, Memory, pack_emulator
 from fedpeat.emulator.parts import part_bytes, read_part
+from fedpeat.federated.shelf import Rung
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from tiny import CONFIGS, random_ids, tiny_model
@@ -93,3 +96,40 @@ def test_a_bound_may_be_infinite_and_nothing_else() -> None:
     ):
         with pytest.raises(EmulatorError, match="w has values that are not finite"):
             read_part(part_bytes({"w": broken}))
+
+
+# --- what may be sent ---------------------------------------------------------------------------
+
+
+def with_tensor(package: EmulatorPackage, part: str, name: str) -> EmulatorPackage:
+    """Return an emulator with one tensor more in one of its parts, its hashes right."""
+    content = next(package.parts[p.sha256] for p in package.manifest.parts if p.name == part)
+    return package.with_parts({part: {**read_part(content), name: torch.ones(3)}})
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("block 0", "model.layers.1.mlp.up_proj.weight"),
+        ("outside", "model.layers.3.mlp.up_proj.weight"),
+        ("outside", "model.layers.0.mlp.up_proj.weight"),
+        ("block 0", "model.layers.2.mlp.up_proj.weight"),
+        ("block 2", "lm_head.more"),
+    ],
+    ids=["dropped block", "dropped, outside", "kept, outside", "another kept", "outside, in one"],
+)
+def test_an_emulator_with_a_tensor_that_is_not_its_own_is_never_sent(part: str, name: str) -> None:
+    package = packed(SMALL)
+    Rung.of(package, AdapterConfig(), [0, 5])
+    leaking = with_tensor(package, part, name)
+    leaking.verify()
+    with pytest.raises(EmulatorError, match=f"got {name}; nothing is sent"):
+        Rung.of(leaking, AdapterConfig(), [0, 5])
+
+
+def test_bytes_of_no_tensor_in_a_part_are_never_sent() -> None:
+    package = packed(SMALL)
+    first = package.manifest.parts[0].sha256
+    padded = replace(package, parts={**package.parts, first: package.parts[first] + b"secret"})
+    with pytest.raises(EmulatorError, match="belong to no tensor"):
+        Rung.of(padded, AdapterConfig(), [0, 5])

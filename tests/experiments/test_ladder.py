@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from fedpeat.experiments.observer import Silent
 from fedpeat.experiments.run import run
 from fedpeat.experiments.steering import make_controller
 from fedpeat.federated.rounds import FederationState
-from outcomes import UNSTEADY, assert_resumes, assert_same, config_of, lines_of, result_of
+from outcomes import (
+    UNSTEADY,
+    assert_resumes,
+    assert_same,
+    config_of,
+    folder_of,
+    lines_of,
+    result_of,
+)
 
 LADDER: dict[str, Any] = {
     "emulator": {"recipe": "layer_drop:0.75", "lower_rungs": [0.5, 0.25]},
@@ -104,16 +114,27 @@ def test_a_rung_whose_gradients_turn_away_still_counts_a_little(
     assert [rung.trust for rung in bench.rungs().values()] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, DISTILLED, COMPACT],
-    ids=["as cut", "distilled", "compact"],
-)
+@pytest.fixture(scope="module")
+def ladders(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that makes a ladder once, in a run of no rounds, and gives its folder."""
+    kinds = {"as cut": {}, "distilled": DISTILLED, "compact": COMPACT}
+
+    @cache
+    def made(kind: str) -> Path:
+        config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("ladder"), LADDER)
+        run(override(config, {**kinds[kind], "federated": {"num_rounds": 0}}))
+        return folder_of(config)
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["as cut", "distilled", "compact"])
 def test_a_rungs_blocks_are_those_of_the_rung_above_it(
-    changes: dict[str, Any], config: Config, tmp_path: Path
+    kind: str, ladders: Callable[[str], Path]
 ) -> None:
-    run(override(config, {**changes, "federated": {"num_rounds": 0}}))
-    large, medium, small = rungs_of(tmp_path / "tiny").values()
+    large, medium, small = rungs_of(ladders(kind)).values()
     assert small.parts.keys() < medium.parts.keys() < large.parts.keys()
     assert [len(p.manifest.source_blocks) for p in (large, medium, small)] == [5, 4, 3]
     for package in (large, medium, small):
@@ -121,35 +142,47 @@ def test_a_rungs_blocks_are_those_of_the_rung_above_it(
 
 
 def test_distillation_trains_every_middle_block_of_every_rung(
-    config: Config, tmp_path: Path
+    ladders: Callable[[str], Path],
 ) -> None:
-    run(override(config, {"federated": {"num_rounds": 0}}))
-    before = rungs_of(tmp_path / "tiny")["0.75"].parts.keys()
-    run(override(config, {**DISTILLED, "name": "distilled", "federated": {"num_rounds": 0}}))
-    after = rungs_of(tmp_path / "distilled")["0.75"]
+    before = rungs_of(ladders("as cut"))["0.75"].parts.keys()
+    after = rungs_of(ladders("distilled"))["0.75"]
     same = [part.name for part in after.manifest.parts if part.sha256 in before]
     assert same == ["outside", "block 0", "block 5"]
 
 
-def test_a_smaller_rung_costs_fewer_bytes_both_ways(config: Config, tmp_path: Path) -> None:
-    run(override(config, EVERYWHERE))
-    for line in lines_of(tmp_path / "tiny")[1:]:
+@pytest.fixture(scope="module")
+def by_rule(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that tunes every block by a rule once, and gives the folder."""
+
+    @cache
+    def made(rule: str) -> Path:
+        ranks = [2, 1, 2] if rule == "svd" else []
+        changes = {"lora_aggregation": rule, "client_ranks": ranks, "num_rounds": 4}
+        config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("by-rule"), LADDER)
+        run(override(config, {**EVERYWHERE, "federated": changes}))
+        return folder_of(config)
+
+    return made
+
+
+def test_a_smaller_rung_costs_fewer_bytes_both_ways(by_rule: Callable[[str], Path]) -> None:
+    lines = lines_of(by_rule("average"))[1:]
+    for line in lines:
         large, medium, small, _ = devices_of(line)
         for way in ("bytes_down", "bytes_up"):
             assert large[way] > medium[way] > small[way]
-    first, second, _ = lines_of(tmp_path / "tiny")[1:]
+    first, second, *_ = lines
     assert all(p["bytes_emulator"] > 0 for p in devices_of(first))
     assert all(p["bytes_emulator"] == 0 for p in devices_of(second))
 
 
 @pytest.mark.parametrize("rule", ["average", "ffa", "rolora", "svd"])
 def test_every_rule_averages_a_block_over_the_rungs_that_have_it(
-    rule: str, config: Config, tmp_path: Path
+    rule: str, by_rule: Callable[[str], Path]
 ) -> None:
-    ranks = [2, 1, 2] if rule == "svd" else []
-    changes = {"lora_aggregation": rule, "client_ranks": ranks, "num_rounds": 4}
-    run(override(config, {**EVERYWHERE, "federated": changes}))
-    lines = lines_of(tmp_path / "tiny")[1:]
+    lines = lines_of(by_rule(rule))[1:]
     assert {p["status"] for line in lines for p in line["participants"]} == {"accepted"}
     exact = rule in {"ffa", "rolora"}
     assert all(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fedpeat.config.schema import Config
 from fedpeat.core.errors import AdapterError
 from fedpeat.experiments.evaluate import evaluate_adapter
 from fedpeat.experiments.run import run
-from outcomes import assert_resumes, config_of, lines_of
+from outcomes import assert_resumes_to, config_of, folder_of, lines_of
 
 RULES: dict[str, dict[str, Any]] = {
     "average": {},
@@ -37,6 +39,22 @@ def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
     return config_of(model_dir, corpus_file, tmp_path, {"adapter": {"r": 4}})
 
 
+@pytest.fixture(scope="module")
+def tuned(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Return a function that tunes by a rule once: the folder, to be read, and the summary."""
+    folder = tmp_path_factory.mktemp("tuned")
+    config = config_of(model_dir, corpus_file, folder, {"adapter": {"r": 4}})
+
+    @cache
+    def made(rule: str) -> tuple[Path, dict[str, Any]]:
+        longer = {"federated": {"num_rounds": 6, **RULES[rule]}, "local": {"local_steps": 6}}
+        return folder / rule, run(override(config, {"name": rule, **longer}))
+
+    return made
+
+
 def checkpoint_of(folder: Path, server_round: int, part: str) -> dict[str, np.ndarray]:
     path = folder / "checkpoints" / f"round-{server_round:05d}" / "tensors.safetensors"
     return {n.removeprefix(part): a for n, a in load_file(path).items() if n.startswith(part)}
@@ -48,25 +66,26 @@ def devices_of(line: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_tunes_and_its_adapter_survives_the_trip_to_disk(
-    rule: str, config: Config, tmp_path: Path
+    rule: str, tuned: Callable[[str], tuple[Path, dict[str, Any]]]
 ) -> None:
-    longer = {"federated": {"num_rounds": 6, **RULES[rule]}, "local": {"local_steps": 6}}
-    summary = run(override(config, longer))
-    participants = [p for line in lines_of(tmp_path / "tiny") for p in line["participants"]]
+    folder, summary = tuned(rule)
+    participants = [p for line in lines_of(folder) for p in line["participants"]]
     assert {p["status"] for p in participants} == {"accepted"}
     quality = summary["quality"]
     assert quality["plug_in"] < 0.97 * quality["full_zero_shot"]
-    assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == quality["plug_in"]
+    assert evaluate_adapter(folder)["perplexity"] == quality["plug_in"]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_round_reports_its_product_error(rule: str, config: Config, tmp_path: Path) -> None:
-    run(override(config, {"federated": RULES[rule]}))
-    errors = [line["product_error"] for line in lines_of(tmp_path / "tiny")]
+def test_every_round_reports_its_product_error(
+    rule: str, tuned: Callable[[str], tuple[Path, dict[str, Any]]]
+) -> None:
+    folder, _ = tuned(rule)
+    errors = [line["product_error"] for line in lines_of(folder)]
     assert errors[0] is None
     exact = rule in {"ffa", "rolora"}
     assert all(error < 1e-12 if exact else 1e-6 < error < 2 for error in errors[1:]), errors
-    assert "Product error" in (tmp_path / "tiny" / "report.html").read_text()
+    assert "Product error" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("method", ["ia3", "prompt", "none"])
@@ -78,20 +97,28 @@ def test_without_lora_there_is_no_product_error(
     assert [line["product_error"] for line in lines_of(tmp_path / "tiny")] == [None, None]
 
 
-def test_ffa_leaves_a_as_the_seed_made_it(config: Config, tmp_path: Path) -> None:
-    run(override(config, {"federated": RULES["ffa"]}))
+def test_ffa_leaves_a_as_the_seed_made_it(
+    config: Config, tuned: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
     run(override(config, {"name": "untuned", "method": "zero_shot"}))
     start = read_adapter(tmp_path / "untuned" / "adapter")
-    for name, array in checkpoint_of(tmp_path / "tiny", 3, "adapter/").items():
+    for name, array in checkpoint_of(tuned("ffa")[0], 6, "adapter/").items():
         assert (array.tobytes() == start[name].tobytes()) == (".lora_A." in name), name
 
 
+@pytest.fixture(scope="module")
+def wide(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Return the settings of a run of plain averaging with a high rank, which is there."""
+    changes = {"adapter": {"r": 32}, "federated": {"num_rounds": 5}}
+    config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("wide"), changes)
+    run(config)
+    return config
+
+
 @pytest.mark.parametrize("rule", ["ffa", "rolora"])
-def test_bytes_are_about_half_both_ways(rule: str, config: Config, tmp_path: Path) -> None:
-    wide = override(config, {"adapter": {"r": 32}, "federated": {"num_rounds": 5}})
-    run(override(wide, {"name": "plain"}))
-    run(override(wide, {"federated": RULES[rule]}))
-    plain, half = lines_of(tmp_path / "plain"), lines_of(tmp_path / "tiny")
+def test_bytes_are_about_half_both_ways(rule: str, wide: Config, tmp_path: Path) -> None:
+    run(override(wide, {"output_dir": str(tmp_path), "federated": RULES[rule]}))
+    plain, half = lines_of(folder_of(wide)), lines_of(tmp_path / "tiny")
     for way in ("bytes_down", "bytes_up"):
         # from the second round on, when all have the emulator and the frozen part; two rounds of
         # each kind, since A and B are not of one size
@@ -113,19 +140,36 @@ def test_lower_ranks_cost_fewer_bytes(config: Config, tmp_path: Path) -> None:
         assert 0.25 < quarter / full < 0.5
 
 
+@pytest.fixture(scope="module")
+def never_interrupted(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Config]:
+    """Return a function that makes a run by a rule once, and returns its settings."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def made(rule: str) -> Config:
+        moments = {} if rule.startswith("svd") else WITH_MOMENTS
+        config = config_of(model_dir, corpus_file, folder / rule, HARD)
+        config = override(config, {"federated": {**RULES[rule], **moments}})
+        run(config)
+        return config
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("rule", "interrupted_after"),
     [("rolora", 1), ("rolora", 2), ("ffa", 1), ("svd, three ranks", 2)],
 )
 def test_a_run_that_is_resumed_ends_bit_identical(
-    rule: str, interrupted_after: int, model_dir: Path, corpus_file: Path, tmp_path: Path
+    rule: str, interrupted_after: int, never_interrupted: Callable[[str], Config], tmp_path: Path
 ) -> None:
-    moments = {} if rule.startswith("svd") else WITH_MOMENTS
-    config = config_of(model_dir, corpus_file, tmp_path, HARD)
-    config = override(config, {"federated": {**RULES[rule], **moments}})
-    assert_resumes(config, interrupted_after)
+    config = never_interrupted(rule)
+    own = override(config, {"output_dir": str(tmp_path)})
+    assert_resumes_to(folder_of(config), own, interrupted_after)
     for part in ("adapter/", "moments/"):
-        whole, again = (checkpoint_of(tmp_path / n, 5, part) for n in ("whole", "tiny"))
+        whole, again = (checkpoint_of(folder_of(c), 5, part) for c in (config, own))
         assert {n: a.tobytes() for n, a in whole.items()} == {
             n: a.tobytes() for n, a in again.items()
         }
@@ -135,8 +179,9 @@ def test_a_run_that_is_resumed_ends_bit_identical(
 def test_methods_with_nothing_of_the_kind_to_aggregate_run_all_the_same(
     method: str, config: Config
 ) -> None:
-    plain = run(override(config, {"method": method, "name": "plain"}))
-    changes = {"method": method, "federated": {"lora_aggregation": "svd", "client_ranks": [1]}}
+    config = override(config, {"method": method, "federated": {"num_rounds": 1}})
+    plain = run(override(config, {"name": "plain"}))
+    changes = {"federated": {"lora_aggregation": "svd", "client_ranks": [1]}}
     assert run(override(config, changes))["quality"] == plain["quality"]
 
 

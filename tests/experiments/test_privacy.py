@@ -87,7 +87,8 @@ def test_a_run_without_privacy_says_nothing_of_it(config: Config) -> None:
 
 
 def test_a_resumed_run_draws_the_noise_that_it_would_have_drawn(config: Config) -> None:
-    assert_resumes(override(config, {"privacy": {"noise": "seed"}}), 1)
+    all_of_them = {"privacy": {"noise": "seed"}, "federated": {"fraction_train": 1.0}}
+    assert_resumes(override(config, all_of_them), 1)
 
 
 def test_noise_comes_from_a_key_of_the_run_that_only_its_user_can_read(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from fedpeat.experiments.realign import realigned
 from fedpeat.experiments.run import run
 from fedpeat.experiments.steering import make_controller
 from fedpeat.tuning.loss import batch_of
-from outcomes import assert_resumes, config_of, lines_of
+from outcomes import assert_resumes_to, config_of, folder_of, lines_of
 
 SETTINGS: dict[str, Any] = {
     "emulator": {
@@ -31,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "server": {"realign_every": 2, "realign_tokens": 512, "realign_rank": 2},
     "federated": {"client_rungs": [0.75, 0.5]},
 }  # fmt: skip
-WHOLE: dict[str, Any] = {"server": {"realign_rank": 0}}
 PLACES: dict[str, dict[str, Any]] = {
     "ends": {},
     "all": {"adapter": {"placement": "all"}},
@@ -175,19 +176,35 @@ def test_devices_are_sent_the_refresh_once_and_no_more(
     assert all(r < f for r, f in zip(refresh, first, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, WHOLE], ids=["low rank", "whole blocks"])
-@pytest.mark.parametrize("interrupted_after", [2, 3])
-def test_a_run_that_is_resumed_ends_bit_identical(
-    interrupted_after: int, changes: dict[str, Any], config: Config, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def never_interrupted(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Config]:
+    """Return a function that makes a run with alignments of a rank once; it gives its settings."""
     hard = {
         "adapter": {"placement": "all", "lora_dropout": 0.1},
         "federated": {"num_rounds": 5, "dropout_ratio": 0.3, "fraction_train": 0.7},
     }
-    config = override(override(config, hard), changes)
-    assert_resumes(config, interrupted_after)
-    one, other = (last_state(tmp_path / name) for name in ("whole", "tiny"))
-    assert one == other
+
+    @cache
+    def made(rank: int) -> Config:
+        config = config_of(model_dir, corpus_file, tmp_path_factory.mktemp("whole"), SETTINGS)
+        config = override(override(config, hard), {"server": {"realign_rank": rank}})
+        run(config)
+        return config
+
+    return made
+
+
+@pytest.mark.parametrize("rank", [2, 0], ids=["low rank", "whole blocks"])
+@pytest.mark.parametrize("interrupted_after", [2, 3])
+def test_a_run_that_is_resumed_ends_bit_identical(
+    interrupted_after: int, rank: int, never_interrupted: Callable[[int], Config], tmp_path: Path
+) -> None:
+    whole = folder_of(never_interrupted(rank))
+    config = override(never_interrupted(rank), {"output_dir": str(tmp_path)})
+    assert_resumes_to(whole, config, interrupted_after)
+    assert last_state(whole) == last_state(folder_of(config))
 
 
 def last_state(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from fedpeat.experiments.run import run
 from outcomes import lines_of
 from tiny import tiny_settings
 
+Finished = Callable[[str], tuple[Path, dict[str, Any]]]
 METHODS = ["fedpeat", "fed_eat", "fed_peft", "fed_ft", "centralized", "local", "zero_shot"]
 
 
@@ -35,9 +38,23 @@ def config(model_dir: Path, corpus_file: Path, tmp_path: Path) -> Config:
     return config_from_dict(tiny_settings(model_dir, corpus_file, tmp_path))
 
 
-def test_a_run_leaves_the_folder_that_the_readme_promises(config: Config, tmp_path: Path) -> None:
-    summary = run(config)
-    folder = tmp_path / "tiny"
+@pytest.fixture(scope="module")
+def finished(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Return a function that makes a run by a method once: its folder, to be read, and summary."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = config_from_dict(tiny_settings(model_dir, corpus_file, folder))
+
+    @cache
+    def made(method: str) -> tuple[Path, dict[str, Any]]:
+        return folder / method, run(override(config, {"method": method, "name": method}))
+
+    return made
+
+
+def test_a_run_leaves_the_folder_that_the_readme_promises(finished: Finished) -> None:
+    folder, summary = finished("fedpeat")
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "log.txt"):
         assert (folder / name).stat().st_size > 0, name
     for name in ("checkpoints", "emulator", "adapter"):
@@ -46,8 +63,8 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(config: Config, tmp_pa
     assert [line["server_round"] for line in lines_of(folder)] == [0, 1, 2, 3]
 
 
-def test_summary_has_every_key_of_the_interface(config: Config) -> None:
-    summary = run(config)
+def test_summary_has_every_key_of_the_interface(finished: Finished) -> None:
+    _, summary = finished("fedpeat")
     assert summary.keys() >= {
         "schema",
         "method",
@@ -77,9 +94,9 @@ def test_tuning_makes_the_full_model_better_on_held_out_text(config: Config) -> 
     assert quality["plug_in"] < 0.8 * quality["full_zero_shot"]
 
 
-def test_bytes_reported_are_those_of_the_messages(config: Config, tmp_path: Path) -> None:
-    summary = run(config)
-    lines = lines_of(tmp_path / "tiny")
+def test_bytes_reported_are_those_of_the_messages(finished: Finished) -> None:
+    folder, summary = finished("fedpeat")
+    lines = lines_of(folder)
     devices = [[p for p in line["participants"] if p["role"] == "device"] for line in lines]
     emulator = summary["emulator"]["num_bytes"]
     assert all(p["bytes_down"] > emulator for p in devices[1])
@@ -91,8 +108,8 @@ def test_bytes_reported_are_those_of_the_messages(config: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_at_the_same_token_budget(config: Config, method: str) -> None:
-    summary = run(override(config, {"method": method}))
+def test_every_method_runs_at_the_same_token_budget(finished: Finished, method: str) -> None:
+    _, summary = finished(method)
     per_participant = 3 * 2 * 4 * 16  # rounds, steps, blocks, tokens
     participants = {"zero_shot": 0, "local": 4}.get(method, 5)
     assert summary["cost"]["num_tokens"] == participants * per_participant
@@ -100,14 +117,14 @@ def test_every_method_runs_at_the_same_token_budget(config: Config, method: str)
     assert (summary["emulator"] is None) == (method not in {"fedpeat", "fed_eat", "local"})
 
 
-def test_zero_shot_plug_in_is_the_untouched_model(config: Config) -> None:
-    quality = run(override(config, {"method": "zero_shot"}))["quality"]
+def test_zero_shot_plug_in_is_the_untouched_model(finished: Finished) -> None:
+    quality = finished("zero_shot")[1]["quality"]
     assert quality["plug_in"] == quality["full_zero_shot"]
 
 
-def test_upper_bound_and_gap_are_those_of_fed_peft(config: Config) -> None:
+def test_upper_bound_and_gap_are_those_of_fed_peft(config: Config, finished: Finished) -> None:
     ours = run(override(config, {"evaluation": {"full_tuned": True}}))["quality"]
-    bound = run(override(config, {"method": "fed_peft", "name": "bound"}))["quality"]
+    bound = finished("fed_peft")[1]["quality"]
     assert ours["full_tuned"] == bound["plug_in"]
     expected = gap_closed(ours["full_zero_shot"], ours["plug_in"], bound["plug_in"])
     assert ours["gap_closed"] == expected
@@ -119,9 +136,11 @@ def test_gap_closed_worked_by_hand() -> None:
     assert gap_closed(10.0, 9.0, None) is None
 
 
-def test_emulator_without_compression_tunes_exactly_like_the_full_model(config: Config) -> None:
+def test_emulator_without_compression_tunes_exactly_like_the_full_model(
+    config: Config, finished: Finished
+) -> None:
     ours = run(override(config, {"emulator": {"recipe": "full"}}))
-    bound = run(override(config, {"method": "fed_peft", "name": "bound"}))
+    _, bound = finished("fed_peft")
     assert ours["quality"]["plug_in"] == bound["quality"]["plug_in"]
 
 
@@ -131,11 +150,9 @@ def test_server_can_be_switched_off(config: Config, tmp_path: Path) -> None:
     assert roles == {"device"}
 
 
-def test_evaluating_the_exported_adapter_gives_the_summarys_number(
-    config: Config, tmp_path: Path
-) -> None:
-    summary = run(config)
-    assert evaluate_adapter(tmp_path / "tiny")["perplexity"] == summary["quality"]["plug_in"]
+def test_evaluating_the_exported_adapter_gives_the_summarys_number(finished: Finished) -> None:
+    folder, summary = finished("fedpeat")
+    assert evaluate_adapter(folder)["perplexity"] == summary["quality"]["plug_in"]
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "prompt", "none"])
@@ -201,10 +218,10 @@ def test_an_emulator_that_the_adapter_does_not_fit_is_refused(
 
 
 def test_merged_export_is_a_model_of_its_own_with_the_same_quality(
-    config: Config, tmp_path: Path
+    config: Config, finished: Finished, tmp_path: Path
 ) -> None:
-    summary = run(config)
-    export_adapter(tmp_path / "tiny", tmp_path / "merged", merged=True)
+    folder, summary = finished("fedpeat")
+    export_adapter(folder, tmp_path / "merged", merged=True)
     changes = {"method": "zero_shot", "name": "again", "model": {"name": str(tmp_path / "merged")}}
     again = run(override(config, changes))
     assert again["quality"]["full_zero_shot"] == pytest.approx(
@@ -212,24 +229,23 @@ def test_merged_export_is_a_model_of_its_own_with_the_same_quality(
     )
 
 
-def test_export_does_not_overwrite(config: Config, tmp_path: Path) -> None:
-    run(override(config, {"federated": {"num_rounds": 1}}))
+def test_export_does_not_overwrite(finished: Finished, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(ConfigError, match="must not exist yet or be empty"):
-        export_adapter(tmp_path / "tiny", tmp_path / "out")
+        export_adapter(finished("fedpeat")[0], tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
 
 
-def test_adapter_in_the_folder_is_the_best_rounds(config: Config, tmp_path: Path) -> None:
-    run(config)
-    newest = max((tmp_path / "tiny" / "checkpoints").iterdir())
+def test_adapter_in_the_folder_is_the_best_rounds(finished: Finished) -> None:
+    folder, _ = finished("fedpeat")
+    newest = max((folder / "checkpoints").iterdir())
     best = {
         n.removeprefix("best/"): a
         for n, a in load_file(newest / "tensors.safetensors").items()
         if n.startswith("best/")
     }
-    saved = load_file(tmp_path / "tiny" / "adapter" / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {n.removeprefix("base_model.model."): a.tobytes() for n, a in saved.items()} == {
         n: np.ascontiguousarray(a).tobytes() for n, a in best.items()
     }
@@ -244,10 +260,10 @@ def test_drop_outs_are_survived_and_recorded(config: Config, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_peft_and_transformers_alone_reproduce_the_plug_in(config: Config, tmp_path: Path) -> None:
-    summary = run(config)
+def test_peft_and_transformers_alone_reproduce_the_plug_in(finished: Finished) -> None:
+    folder, summary = finished("fedpeat")
     script = Path(__file__).parents[2] / "benchmarks" / "check_export.py"
-    command = [sys.executable, str(script), str(tmp_path / "tiny")]
+    command = [sys.executable, str(script), str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(result.stdout.split()[-1]) == pytest.approx(
         summary["quality"]["plug_in"], rel=1e-4
@@ -261,9 +277,9 @@ def test_input_that_is_refused_leaves_no_folder_behind(config: Config, tmp_path:
 
 
 def test_emulator_of_a_run_that_never_began_is_not_taken_over(
-    config: Config, tmp_path: Path
+    config: Config, finished: Finished, tmp_path: Path
 ) -> None:
-    run(config)
+    shutil.copytree(finished("fedpeat")[0], tmp_path / "tiny")
     for left in ("checkpoints", "summary.json"):  # as a kill during set-up leaves it
         path = tmp_path / "tiny" / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -271,8 +287,11 @@ def test_emulator_of_a_run_that_never_began_is_not_taken_over(
     assert summary["emulator"]["recipe"] == "layer_drop:0.25"
 
 
-def test_overwriting_local_starts_every_device_anew(config: Config) -> None:
-    first = run(override(config, {"method": "local"}))
+def test_overwriting_local_starts_every_device_anew(
+    config: Config, finished: Finished, tmp_path: Path
+) -> None:
+    folder, first = finished("local")
+    shutil.copytree(folder, tmp_path / "tiny")
     changes = {"method": "local", "federated": {"num_rounds": 1}, "seed": 1}
     again = run(override(config, changes), overwrite=True)
     assert again["cost"]["num_tokens"] == first["cost"]["num_tokens"] / 3

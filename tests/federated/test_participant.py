@@ -179,7 +179,7 @@ def test_a_device_tunes_with_no_less_noise_than_it_wants(
     record = decode(content).record
     settings = {**record["settings"], "noise_multiplier": noise_multiplier}
     payload = Payload(decode(content).arrays, {**record, "settings": settings})
-    with pytest.raises(AdapterError, match="privacy.example_noise_multiplier of at least 1, got"):
+    with pytest.raises((AdapterError, WireError), match="noise_multiplier"):
         one._train(payload)  # noqa: SLF001 - NaN does not come over the wire
 
 
@@ -574,17 +574,17 @@ TASK_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no emulator": ({"emulator": ...}, "not a train task: KeyError"),
     "emulator is a number": ({"emulator": 5}, "emulator must be a hash, got 5"),
     "no settings": ({"settings": ...}, "not a train task: KeyError"),
-    "settings is text": ({"settings": "fast"}, "not a train task: TypeError"),
-    "settings of another version": ({"settings": {"lr": 1}}, "not a train task: TypeError"),
+    "settings is text": ({"settings": "fast"}, "settings of another version: 'fast'"),
+    "settings of another version": ({"settings": {"lr": 1}}, "settings of another version"),
     "an entry too many": ({"priority": 1}, "not a train task: TypeError"),
-    "steps as text": ({"num_steps": "2"}, "numbers of a train task must be whole"),
-    "steps True": ({"num_steps": True}, "numbers of a train task must be whole"),
-    "half a step": ({"num_steps": 0.5}, "numbers of a train task must be whole"),
-    "negative steps": ({"first_step": -1}, "numbers of a train task must be whole"),
+    "steps as text": ({"num_steps": "2"}, "num_steps must be a whole number .* got '2'"),
+    "steps True": ({"num_steps": True}, "num_steps must be a whole number"),
+    "half a step": ({"num_steps": 0.5}, "num_steps must be a whole number"),
+    "negative steps": ({"first_step": -1}, "first_step must be a whole number"),
     "an unknown part": ({"tuned": "lora_C"}, "must be one of all, lora_A, lora_B, got 'lora_C'"),
     "a list of parts": ({"tuned": ["lora_A"]}, "tuned must be one of"),
     "left out is null": ({"left_out": None}, "left_out must be a hash, got None"),
-    "rank 0": ({"rank": 0}, "rank must be a whole number, at least 1, or null, got 0"),
+    "rank 0": ({"rank": 0}, r"rank must be a whole number in \[1, 65536\], got 0"),
     "rank True": ({"rank": True}, "rank must be a whole number"),
     "no codec": ({"codec": ...}, "not a train task: KeyError"),
     "codec is text": ({"codec": "int8"}, "codec must be name, kept_ratio and feedback"),

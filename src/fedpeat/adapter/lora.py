@@ -195,8 +195,8 @@ def product_error(states: Sequence[State], weights: Sequence[float]) -> float | 
             continue
         shares = np.asarray([weights[i] / total for i in holders])
         r = max(len(s[name_a]) for s in own)
-        a = np.stack([_filled(s[name_a], (r, s[name_a].shape[1])) for s in own])
-        b = np.stack([_filled(s[name_b], (len(s[name_b]), r)) for s in own])
+        a = _stacked([s[name_a] for s in own], (r, own[0][name_a].shape[1]))
+        b = _stacked([s[name_b] for s in own], (len(own[0][name_b]), r))
         centred_a, centred_b = (x - np.tensordot(shares, x, axes=1) for x in (a, b))
         errors.append(_squared_norm(shares, centred_a, centred_b))
         norms.append(_squared_norm(shares, a, b))
@@ -211,13 +211,23 @@ def _squared_norm(
 ) -> float:
     """Return ||sum_k share_k B_k A_k||^2, from the Gram matrices of the stacked factors."""
     stack_a = a.reshape(-1, a.shape[2])  # (k r, d_in)
-    stack_b = np.hstack(list(shares[:, None, None] * b))  # (d_out, k r)
-    return max(0.0, float(np.sum((stack_b.T @ stack_b) * (stack_a @ stack_a.T))))
+    stack_b = b.swapaxes(1, 2).reshape(-1, b.shape[1])  # (k r, d_out)
+    scale = np.repeat(shares, a.shape[1])
+    grams = (stack_b @ stack_b.T) * (stack_a @ stack_a.T)
+    return max(0.0, float(scale @ grams @ scale))
 
 
 def _filled(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    full = np.zeros(shape)
-    full[: matrix.shape[0], : matrix.shape[1]] = matrix
+    """Return a matrix in float64, filled up with zeros to a shape."""
+    (filled,) = _stacked([matrix], shape)
+    return np.asarray(filled)
+
+
+def _stacked(matrices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Return matrices as one array in float64, each filled up with zeros to the shape."""
+    full = np.zeros((len(matrices), *shape))
+    for place, matrix in zip(full, matrices, strict=True):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
     return full
 
 

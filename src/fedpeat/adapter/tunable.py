@@ -274,7 +274,7 @@ def check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int,
         if names:
             raise AdapterError(
                 f"adapter {problem} {len(names)} of {len(shapes)} tensors: "
-                f"{', '.join(sorted(names)[:3])}"
+                f"{', '.join(sorted(names)[:3]):.300}"
             )
     for name, shape in shapes.items():
         if state[name].shape != shape:

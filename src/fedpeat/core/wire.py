@@ -22,6 +22,8 @@ __all__ = ["SCHEMA", "Payload", "decode", "digest", "encode"]
 
 SCHEMA = 1
 _RECORD_KEY = "fedpeat"
+_MAX_HEADER_BYTES = 2**24  # a hostile header takes up to thirty times its length once it is read
+_MAX_DEPTH = 64  # deeper records could be read here, and end a computation elsewhere
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,27 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256(encode(Payload(arrays))).hexdigest()
 
 
-def decode(content: bytes) -> Payload:
+def decode(content: bytes, max_bytes: int | None = None) -> Payload:
     """Return the payload of a message, checked for form but not yet for meaning.
 
+    Args:
+        content: The message.
+        max_bytes: Length up to which it is read at all [B]; None for any.
+
     Raises:
-        WireError: If the bytes are cut short, damaged, of another schema, or not a message at all.
+        WireError: If the bytes are cut short, damaged, of another schema, too many, or not a
+            message at all.
     """
+    if max_bytes is not None and len(content) > max_bytes:
+        raise WireError(f"a message must have at most {max_bytes} bytes here, got {len(content)}")
+    length = int.from_bytes(content[:8], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise WireError(
+            f"not a fedpeat message of {len(content)} bytes: its header must have at most "
+            f"{_MAX_HEADER_BYTES} bytes, got {length}"
+        )
     try:
         arrays = load(content)
-        length = int.from_bytes(content[:8], "little")
         envelope = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_RECORD_KEY])
         schema, record = envelope["schema"], envelope["record"]
         json.dumps(record, allow_nan=False)  # the reader takes NaN, which no honest sender writes
@@ -81,9 +95,26 @@ def decode(content: bytes) -> Payload:
         AttributeError,
         RecursionError,
     ) as error:
-        raise WireError(f"not a fedpeat message of {len(content)} bytes: {error!r}") from error
-    if schema != SCHEMA:
+        raise WireError(f"not a fedpeat message of {len(content)} bytes: {error!r:.300}") from error
+    if type(schema) is not int or schema != SCHEMA:
         raise WireError(f"message schema must be {SCHEMA}, got {schema!r}")
     if not isinstance(record, dict):
         raise WireError(f"a message's record must be a mapping, got {type(record).__name__}")
+    if _is_deeper(record, _MAX_DEPTH):
+        raise WireError(
+            f"not a fedpeat message of {len(content)} bytes: its record must be at most "
+            f"{_MAX_DEPTH} levels deep"
+        )
     return Payload(arrays, record)
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)

@@ -24,6 +24,7 @@ from fedpeat.core.errors import EmulatorError
 from fedpeat.core.run_folder import replace_folder
 from fedpeat.core.wire import Payload
 from fedpeat.emulator.parts import (
+    OUTSIDE,
     Contents,
     Tensors,
     fill,
@@ -32,6 +33,7 @@ from fedpeat.emulator.parts import (
     read_part,
     short,
     split,
+    tensor_names,
     untied_state,
 )
 from fedpeat.emulator.update import UPDATE, add_update
@@ -39,11 +41,19 @@ from fedpeat.model.blocks import BlockList, Blocks
 from fedpeat.model.cut import frozen, skeleton
 from fedpeat.model.layers import Kept, LayerSpec, num_parameters, read_specs
 
-__all__ = ["EmulatorPackage", "Manifest", "Memory", "Part", "pack_emulator"]
+__all__ = [
+    "EmulatorPackage",
+    "Manifest",
+    "Memory",
+    "Part",
+    "check_only_own_blocks",
+    "pack_emulator",
+]
 
 SCHEMA = 5
 WEIGHTS_FILE, UPDATE_FILE = "model.safetensors", "update.safetensors"
 KEPT_FILE = "kept.json"
+_MAX_BLOCKS = 2**16
 
 Memory = MutableMapping[str, dict[str, torch.Tensor]]
 """Tensors of parts by the parts' hashes; networks that are built from one share it."""
@@ -231,8 +241,8 @@ class EmulatorPackage:
         try:
             manifest = _manifest_from_dict(payload.record["manifest"])
             package = cls(manifest, dict(payload.record["config"]), Contents(payload.arrays))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EmulatorError(f"not an emulator: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise EmulatorError(f"not an emulator: {error!r:.200}") from error
         package.verify()
         return package
 
@@ -378,6 +388,27 @@ def pack_emulator(
     return EmulatorPackage(manifest, config, parts, own)
 
 
+def check_only_own_blocks(package: EmulatorPackage) -> None:
+    """Check that nothing of a dropped block is in any part of an emulator that is to be sent.
+
+    Raises:
+        EmulatorError: If a part has a tensor of another block than it is named after, or of one
+            that the emulator does not keep.
+    """
+    manifest = package.manifest
+    kept = {index: f"block {index}" for index in manifest.source_blocks}
+    names = {part.sha256: part.name for part in manifest.parts}
+    for sha256, content in package.parts.items():
+        for tensor in tensor_names(content):
+            index = manifest.blocks.locate(tensor)
+            home = OUTSIDE if index is None else kept.get(index)
+            if home is None or names[sha256] not in {home, UPDATE}:
+                raise EmulatorError(
+                    f"part {names[sha256]!r} of an emulator of blocks {list(kept)} must have "
+                    f"tensors of its own alone, got {tensor}; nothing is sent"
+                )
+
+
 def _kept_hash(kept: Kept) -> str:
     return hashlib.sha256(json.dumps(dict(kept), sort_keys=True).encode()).hexdigest()
 
@@ -418,6 +449,8 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         raise EmulatorError(f"emulator schema must be {SCHEMA}, got {schema!r}")
     lists = [BlockList(tuple(i["paths"]), int(i["num_blocks"])) for i in data["blocks"]["lists"]]
     blocks = Blocks(tuple(lists))
+    if not 0 < blocks.num_blocks <= _MAX_BLOCKS:
+        raise EmulatorError(f"an emulator must be of 1 to {_MAX_BLOCKS} blocks")
     parts = tuple(
         Part(str(p["name"]), str(p["sha256"]), int(p["num_bytes"])) for p in data["parts"]
     )

@@ -8,6 +8,7 @@ blocks in common, and nobody is sent a part twice.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "read_part",
     "short",
     "split",
+    "tensor_names",
     "untied_state",
 ]
 
@@ -78,7 +80,7 @@ class Contents(Mapping[str, bytes]):
 
     def __getitem__(self, sha256: str) -> bytes:
         array = self._arrays[sha256]
-        whole = array.base
+        whole: object = array.base  # the bytes of np.frombuffer, whatever its types say
         return whole if isinstance(whole, bytes) and len(whole) == array.size else array.tobytes()
 
     def __iter__(self) -> Iterator[str]:
@@ -121,6 +123,24 @@ def _is_sound(tensor: Tensor) -> bool:
     least, most = tensor.aminmax()  # NaN if one of them is
     limit = tensor.ndim == 0 and not bool(tensor.isnan())  # a bound that is infinite is none
     return limit or bool(least.isfinite() and most.isfinite())
+
+
+def tensor_names(content: bytes) -> list[str]:
+    """Return the names of a part's tensors; what is in its file belongs to one of them.
+
+    Raises:
+        EmulatorError: If it is no safetensors file, or has bytes that belong to none.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        end = max((item["data_offsets"][1] for item in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error!r}") from error
+    if start + end != len(content):
+        raise EmulatorError(f"a part of {len(content)} bytes has some that belong to no tensor")
+    return list(header)
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from fedpeat.core.records import ParticipantResult, Reply, Status
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.exchange import Sent
-from fedpeat.federated.screening import Limits, screen, shown
+from fedpeat.federated.screening import Limits, longest_update, one_line, screen, shown
 
 __all__ = [
     "SERVER_ID",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 SERVER_ID = "server"
-_MAX_REASON = 300
 _PLAIN = UpdateCodec()
 _SECONDS = re.compile(r"[0-9]{5}\.[0-9]{6}")
 
@@ -68,7 +67,7 @@ def judge(
     if isinstance(content, Outcome):
         return content
     try:
-        sent = decode(content)
+        sent = decode(content, longest_update(current))
         plain = Payload(decode_update(sent.arrays, current, codec), sent.record)
         outcome = admit(client_id, with_seconds(plain), current, expected, limits)
     except WireError as error:
@@ -175,7 +174,7 @@ def with_seconds(payload: Payload) -> Payload:
 
 def refused(client_id: str, status: Status, reason: str) -> Outcome:
     """Return the outcome of a participant whose update does not count."""
-    short = " ".join(reason.split())[:_MAX_REASON] or "no reason given"
+    short = one_line(reason) or "no reason given"
     return Outcome(ParticipantResult(client_id, _role(client_id), status, short))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.codecs import UpdateCodec, UpdateEncoder
+from fedpeat.federated.screening import shown
 from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.secagg.terms import SECURE_KEY, work_digest
 from fedpeat.federated.shelf import EmulatorShelf
@@ -31,6 +32,14 @@ from fedpeat.tuning.local import LocalSettings, train
 __all__ = ["Participant", "fixed_width", "train_message"]
 
 _MAX_SECONDS = 99_999.0  # more than a day
+_LARGEST = {  # whole numbers of a task
+    "server_round": 2**53,
+    "num_steps": 10**6,
+    "first_step": 2**53,
+    "seed": 2**64,
+}
+_MAX_BATCH_SIZE = 2**16
+_MAX_NUMBER = 1e12
 _NOT_SECURE = (
     "the run has federated.secure_aggregation, this device has not; both sides must set it"
 )
@@ -209,7 +218,7 @@ class Participant:
             record["num_tokens"] = self._data.num_tokens
         asked = payload.record.get("parts", [])
         if not isinstance(asked, list):
-            raise WireError(f"parts must be a list of hashes, got {asked!r}")
+            raise WireError(f"parts must be a list of hashes, got {shown(asked)}")
         if self._kept_sha256 in asked:
             record["kept"] = self._kept_sha256
         return Payload(record=record)
@@ -299,6 +308,9 @@ class Participant:
         """Return the adapter with the part that the server left out, since it is kept here."""
         if left_out and left_out != self._kept_sha256:
             raise AdapterError(f"{self.client_id} has not kept part {left_out[:12]} of the adapter")
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise AdapterError(f"adapter tensor {name:.80} must be float32, all of it finite")
         return {**(self._kept if left_out else {}), **arrays}
 
     def _keep(self, part: Mapping[str, np.ndarray]) -> None:
@@ -313,23 +325,38 @@ def fixed_width(seconds: float) -> str:
 def _read_task(record: Mapping[str, Any]) -> _Task:
     """Return a train task, every part there and of its type."""
     try:
-        numbers = [record[key] for key in ("server_round", "num_steps", "first_step", "seed")]
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise WireError(f"numbers of a train task must be whole and at least 0, got {numbers}")
+        for key, largest in _LARGEST.items():
+            _require_whole(key, record[key], 0, largest)
         for key in ("emulator", "left_out"):
             if not isinstance(record[key], str):
-                raise WireError(f"{key} must be a hash, got {record[key]!r}")
+                raise WireError(f"{key} must be a hash, got {shown(record[key])}")
         if record["tuned"] not in get_args(Part):
             raise WireError(
-                f"tuned must be one of {', '.join(get_args(Part))}, got {record['tuned']!r}"
+                f"tuned must be one of {', '.join(get_args(Part))}, got {shown(record['tuned'])}"
             )
-        rank = record["rank"]
-        if rank is not None and (type(rank) is not int or rank < 1):
-            raise WireError(f"rank must be a whole number, at least 1, or null, got {rank!r}")
+        if record["rank"] is not None:
+            _require_whole("rank", record["rank"], 1, _MAX_BATCH_SIZE)
         read = {
-            "settings": LocalSettings(**record["settings"]),
+            "settings": _read_settings(record["settings"]),
             "codec": UpdateCodec.read(record["codec"]),
         }
         return _Task(**{**record, **read})
     except (KeyError, TypeError) as error:
         raise WireError(f"not a train task: {error!r}") from error
+
+
+def _read_settings(record: Any) -> LocalSettings:
+    """Return how to train, every number in a range that can be computed with."""
+    if not isinstance(record, dict) or record.keys() != {f.name for f in fields(LocalSettings)}:
+        raise WireError(f"not a train task: settings of another version: {shown(record)}")
+    for name, value in record.items():
+        if name == "batch_size":
+            _require_whole(name, value, 1, _MAX_BATCH_SIZE)
+        elif type(value) not in {int, float} or not 0 <= value <= _MAX_NUMBER:
+            raise WireError(f"{name} must be a number in [0, {_MAX_NUMBER:g}], got {shown(value)}")
+    return LocalSettings(**record)
+
+
+def _require_whole(key: str, value: object, least: int, largest: int) -> None:
+    if type(value) is not int or not least <= value <= largest:
+        raise WireError(f"{key} must be a whole number in [{least}, {largest}], got {shown(value)}")

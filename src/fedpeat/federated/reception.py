@@ -14,11 +14,12 @@ from fedpeat.core.records import Reply
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.federated.exchange import Exchange, Sent
+from fedpeat.federated.screening import MAX_ANSWER_BYTES
 from fedpeat.federated.shelf import Offer
 
 __all__ = ["Reception", "welcome_message"]
 
-_MAX_FETCHED_BYTES = 2**40
+_MOST_FETCHES = 8  # a part that comes damaged is fetched again
 
 
 def welcome_message(record: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[str, bytes]:
@@ -67,31 +68,46 @@ class Reception:
         ready = [node for node, reply in welcomed.items() if reply.content is not None]
         return {**replies, **exchange.collect("hello", dict.fromkeys(ready, hello))}
 
-    def remember(self, replies: Mapping[str, Reply]) -> None:
-        """Keep what devices said of themselves with their updates."""
+    def remember(self, replies: Mapping[str, Reply], longest: Mapping[str, int]) -> None:
+        """Keep what devices said of themselves with their updates.
+
+        Args:
+            replies: Their replies.
+            longest: Up to which length each is read [B].
+        """
         for node, reply in replies.items():
             try:
-                inventory = decode(reply.content or b"").record.get("inventory")
+                inventory = decode(reply.content or b"", longest[node]).record.get("inventory")
+                if isinstance(inventory, dict):
+                    self._known[node] = Reply(node, encode(Payload(record=inventory)))
             except WireError:
                 continue
-            if isinstance(inventory, dict):
-                self._known[node] = Reply(node, encode(Payload(record=inventory)))
 
     def _is_new(self, reply: Reply) -> bool:
         """Say whether a node answers, but has not been told what it must know."""
         if reply.content is None:
             return False
         try:
-            return decode(reply.content).record.get("welcome") != self.welcome_sha256
+            told = decode(reply.content, MAX_ANSWER_BYTES).record.get("welcome")
         except WireError:
             return False
+        return bool(told != self.welcome_sha256)
 
-    def count_fetched(self, replies: Mapping[str, Reply], exchange: Exchange) -> None:
-        """Count the bytes of the parts that devices fetched, as they say."""
+    def count_fetched(
+        self, replies: Mapping[str, Reply], exchange: Exchange, offered: Mapping[str, int]
+    ) -> None:
+        """Count the bytes of the parts that devices fetched, as they say.
+
+        Args:
+            replies: Their replies.
+            exchange: Where they are counted.
+            offered: Bytes of the parts that each could fetch.
+        """
         for node, reply in replies.items():
             try:
-                fetched = decode(reply.content or b"").record.get("fetched_bytes")
+                record = decode(reply.content or b"", MAX_ANSWER_BYTES).record
             except WireError:
                 continue
-            if type(fetched) is int and 0 <= fetched <= _MAX_FETCHED_BYTES:
+            fetched = record.get("fetched_bytes")
+            if type(fetched) is int and 0 <= fetched <= _MOST_FETCHES * offered[node]:
                 exchange.count(node, Sent(bytes_down=fetched, bytes_emulator=fetched))

@@ -172,8 +172,10 @@ class Defence:
 
         A device on a smaller rung has fewer tensors, and so more room for each.
         """
-        norms = [update_norm(u.arrays, u.start) for u in updates if u.result.role == "device"]
-        bound = float(np.median(norms)) if self.clip_to_median and norms else self.clip_norm
+        devices = [u for u in updates if u.result.role == "device"]
+        bound = self.clip_norm
+        if self.clip_to_median and devices:
+            bound = float(np.median([update_norm(u.arrays, u.start) for u in devices]))
         if bound is None:
             return list(updates)
         return [_within(bound, u) if u.result.role == "device" else u for u in updates]

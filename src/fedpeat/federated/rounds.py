@@ -41,7 +41,15 @@ from fedpeat.federated.participant import train_message
 from fedpeat.federated.privacy import Privacy, Steps
 from fedpeat.federated.reception import Reception
 from fedpeat.federated.robust import Averaged, Defence
-from fedpeat.federated.screening import Limits, check_held, check_num_examples, shown
+from fedpeat.federated.screening import (
+    MAX_ANSWER_BYTES,
+    Limits,
+    check_held,
+    check_num_examples,
+    longest_update,
+    one_line,
+    shown,
+)
 from fedpeat.federated.secagg.joint import JointRound, Trained, trained_apart
 from fedpeat.federated.secagg.seam import SecureAggregator
 from fedpeat.federated.shelf import Rung, hashes_of
@@ -307,7 +315,7 @@ class Federation:
             try:
                 clients[node] = self._client_state(node, replies.get(node), state, parts)
             except WireError as error:
-                warnings.append(f"{shown(node)} sits out: {error}")
+                warnings.append(f"{shown(node)} sits out: {one_line(str(error))}")
         return clients, warnings
 
     def _client_state(
@@ -321,7 +329,7 @@ class Federation:
             raise WireError(f"no device may be called {SERVER_ID!r}")
         if reply is None or reply.content is None:
             raise WireError(reply.error if reply is not None else "no answer before the deadline")
-        record = decode(reply.content).record
+        record = decode(reply.content, MAX_ANSWER_BYTES).record
         if (record.get("secure") is True) != (self._secure is not None):
             own, others = ("false", "true") if self._secure is None else ("true", "false")
             raise WireError(
@@ -409,7 +417,8 @@ class Federation:
             quorum_ratio=self._quorum_ratio,
         )
         if self._reception is not None:
-            self._reception.remember(answers)
+            longest = {c: longest_update(part_of(starts[c], tuned)) for c in answers}
+            self._reception.remember(answers, longest)
         start = part_of(state.adapter, tuned)
         server = [admit(SERVER_ID, payload, start, {}, self._limits) for payload in own]
         replies: dict[str, Reply | None] = {**answers, **unequipped}
@@ -476,8 +485,12 @@ class Federation:
                 tasks[client.client_id] = messages[case]
         replies = exchange.collect("hold", tasks)
         if self._reception is not None:
-            self._reception.count_fetched(replies, exchange)
-        answers = {client_id: replies.get(client_id) for client_id in tasks}
+            offered = {
+                c.client_id: sum(map(len, self.rungs[c.rung].parts.values())) for c in plan.cohort
+            }
+            self._reception.count_fetched(replies, exchange, offered)
+        wanted = {c.client_id: self.rungs[c.rung].sha256 for c in plan.cohort}
+        answers = {c: _if_held(replies.get(c), wanted[c]) for c in tasks}
         return {c: reply for c, reply in answers.items() if reply is None or reply.content is None}
 
     def _train_task(
@@ -575,6 +588,19 @@ class Federation:
             last_losses=_losses_after(state, updates),
             num_barren_rounds=num_barren_rounds,
         )
+
+
+def _if_held(reply: Reply | None, sha256: str) -> Reply | None:
+    """Return the reply to a "hold" message; a failure if it does not say that all is there."""
+    if reply is None or reply.content is None:
+        return reply
+    try:
+        held = decode(reply.content, MAX_ANSWER_BYTES).record.get("held")
+    except WireError as error:
+        return replace(reply, content=None, error=str(error))
+    if held != sha256:
+        return replace(reply, content=None, error=f"held must be {sha256[:12]}, got {shown(held)}")
+    return reply
 
 
 def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:

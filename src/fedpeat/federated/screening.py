@@ -14,9 +14,23 @@ from fedpeat.core.errors import WireError
 from fedpeat.core.wire import Payload
 from fedpeat.federated.aggregation import update_norm
 
-__all__ = ["Limits", "check_held", "check_num_examples", "screen", "shown"]
+__all__ = [
+    "MAX_ANSWER_BYTES",
+    "Limits",
+    "check_held",
+    "check_num_examples",
+    "longest_update",
+    "one_line",
+    "screen",
+    "shown",
+]
+
+MAX_ANSWER_BYTES = 2**20
+"""Longest message without tensors that is read: what a device says of itself is half of it."""
 
 _MAX_NAMES = 3
+_MAX_TEXT = 300
+_NAMING_BYTES = 256  # type, shape and place of a tensor
 _MAX_HELD = 4096  # blocks of all rungs that a device may hold at a time
 _MAX_TOKENS = 2**53  # past it, JSON readers lose whole numbers
 _MAX_NUMBER = 1e12  # no loss or duration comes near it; means and sums of such numbers stay finite
@@ -51,8 +65,9 @@ def screen(
         WireError: If anything is wrong; the text says what.
     """
     for key, value in expected.items():
-        if payload.record.get(key) != value:
-            raise WireError(f"{key} must be {value!r}, got {shown(payload.record.get(key))}")
+        got = payload.record.get(key)
+        if type(got) is not type(value) or got != value:  # True is 1, and 1.0 too
+            raise WireError(f"{key} must be {value!r}, got {shown(got)}")
     check_num_examples(payload.record.get("num_examples"), limits.max_examples)
     _check_num_tokens(payload.record.get("num_tokens"))
     for key in ("first_loss", "last_loss", "mean_loss", "seconds"):
@@ -88,6 +103,22 @@ def check_held(key: str, value: object) -> list[str]:
     if len(value) > _MAX_HELD:
         raise WireError(f"{key} must have at most {_MAX_HELD} hashes, got {len(value)}")
     return value
+
+
+def longest_update(current: Mapping[str, np.ndarray]) -> int:
+    """Return a length that no honest reply to a "train" task reaches [B].
+
+    Args:
+        current: What the device was given of what it tuned.
+    """
+    tensors = sum(a.nbytes + 2 * len(name) + _NAMING_BYTES for name, a in current.items())
+    return 2 * tensors + MAX_ANSWER_BYTES
+
+
+def one_line(text: str) -> str:
+    """Return a stranger's text as one short line that cannot move a terminal's cursor."""
+    words = " ".join(text[: 2 * _MAX_TEXT].split())[:_MAX_TEXT]
+    return "".join(c if c.isprintable() else "?" for c in words)
 
 
 def shown(value: object) -> str:

@@ -13,9 +13,14 @@ from fedpeat.adapter.lora import State
 from fedpeat.adapter.slices import Slices, sliced
 from fedpeat.adapter.tunable import Tunable, attach
 from fedpeat.config.schema import AdapterConfig
-from fedpeat.core.errors import EmulatorError
+from fedpeat.core.errors import EmulatorError, FedPEATError
 from fedpeat.core.wire import Payload, encode
-from fedpeat.emulator.package import EmulatorPackage, Manifest, Memory
+from fedpeat.emulator.package import (
+    EmulatorPackage,
+    Manifest,
+    Memory,
+    check_only_own_blocks,
+)
 from fedpeat.emulator.parts import short
 
 __all__ = ["EmulatorShelf", "Offer", "Rung", "hashes_of"]
@@ -63,7 +68,11 @@ class Rung:
             tensors: Names of the adapter's tensors that its network has; None for all of them.
             slices: Entries that it has of those that it has in part.
             trust: What an example of a device on it counts.
+
+        Raises:
+            EmulatorError: If there is a tensor of a dropped block in what would be sent.
         """
+        check_only_own_blocks(package)
         record = {
             **package.to_payload().record,
             "adapter": asdict(adapter),
@@ -154,6 +163,8 @@ class EmulatorShelf:
     def _build(self, package: EmulatorPackage, record: Mapping[str, Any]) -> Tunable:
         try:
             settings, tuned = dict(record["adapter"]), list(record["tuned_blocks"])
+            if not all(type(index) is int for index in tuned):
+                raise TypeError("tuned_blocks must be whole numbers")
             settings["target_modules"] = tuple(settings["target_modules"])
             config = AdapterConfig(**settings)
         except (KeyError, TypeError, ValueError) as error:
@@ -162,7 +173,14 @@ class EmulatorShelf:
             ) from error
         model = package.build(self._device, self._dtype, self._memory)
         manifest = package.manifest
-        tunable = attach(model, manifest.blocks, tuned, config, kept=manifest.source_blocks)
+        try:
+            tunable = attach(model, manifest.blocks, tuned, config, kept=manifest.source_blocks)
+        except FedPEATError:
+            raise
+        except Exception as error:  # settings from elsewhere can fail in any way PEFT knows
+            raise EmulatorError(
+                f"emulator {manifest.sha256[:12]} takes no such adapter: {error!r:.200}"
+            ) from error
         self._unshare(tunable)
         return tunable
 

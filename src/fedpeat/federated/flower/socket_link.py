@@ -11,12 +11,13 @@ from pathlib import Path
 
 from fedpeat.core.errors import WireError
 
-__all__ = ["SOCKET_KEY", "ask", "receive", "send"]
+__all__ = ["SOCKET_KEY", "ask", "receive", "receive_kind", "send"]
 
 SOCKET_KEY = "fedpeat-socket"
 """Where the configuration of a SuperNode says which socket it is."""
 
 _MAX_BYTES = 2**34
+_MAX_KIND_BYTES = 64
 _CHUNK = 2**20
 
 
@@ -44,25 +45,33 @@ def send(link: socket.socket, content: bytes) -> None:
         link.sendall(content)
 
 
-def receive(link: socket.socket) -> bytes:
-    """Return one piece.
+def receive_kind(link: socket.socket) -> str:
+    """Return the kind of a message.
+
+    Raises:
+        ConnectionError: As ``receive``.
+        UnicodeDecodeError: If it is no text.
+    """
+    return receive(link, _MAX_KIND_BYTES).decode()
+
+
+def receive(link: socket.socket, max_bytes: int = _MAX_BYTES) -> bytes:
+    """Return one piece; its memory is taken as it comes, not as its length is claimed.
 
     Raises:
         ConnectionError: If the other side goes away in the middle, or says that it sends too much.
     """
     length = int.from_bytes(_exactly(link, 8), "big")
-    if length > _MAX_BYTES:
-        raise ConnectionError(f"a piece must have at most {_MAX_BYTES} bytes, got {length}")
+    if length > max_bytes:
+        raise ConnectionError(f"a piece must have at most {max_bytes} bytes, got {length}")
     return _exactly(link, length)
 
 
 def _exactly(link: socket.socket, length: int) -> bytes:
-    content = bytearray(length)
-    view = memoryview(content)
-    filled = 0
-    while filled < length:
-        got = link.recv_into(view[filled : filled + _CHUNK])
-        if got == 0:
-            raise ConnectionError(f"the link ended after {filled} of {length} bytes")
-        filled += got
+    content = bytearray()
+    while len(content) < length:
+        got = link.recv(min(_CHUNK, length - len(content)))
+        if not got:
+            raise ConnectionError(f"the link ended after {len(content)} of {length} bytes")
+        content += got
     return bytes(content)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedpeat.core.errors import EmulatorError, FedPEATError, WireError
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
@@ -20,8 +22,9 @@ from fedpeat.data.examples import Examples
 from fedpeat.emulator.parts import short
 from fedpeat.federated.flower.cache import Offer, PartCache
 from fedpeat.federated.flower.recall import Answers
-from fedpeat.federated.flower.socket_link import receive, send
+from fedpeat.federated.flower.socket_link import receive, receive_kind, send
 from fedpeat.federated.participant import Participant
+from fedpeat.federated.screening import shown
 from fedpeat.federated.secagg.seam import SecureSide
 from fedpeat.federated.shelf import EmulatorShelf
 
@@ -108,7 +111,7 @@ class Device:
     def _train(self, content: bytes) -> bytes:
         """Tune, and say with the update what the next round's "hello" would ask."""
         assert self._participant is not None
-        self._say(f"round {decode(content).record.get('server_round')}: tuning")
+        self._say(f"round {shown(decode(content).record.get('server_round'))}: tuning")
         update = decode(self._participant.handle("train", content))
         kept = self._participant.kept
         hello = encode(Payload(record={"parts": [kept] if kept else []}))
@@ -117,6 +120,8 @@ class Device:
 
     def _welcomed(self, content: bytes) -> bytes:
         payload = decode(content)
+        if any(array.dtype != np.uint8 for array in payload.arrays.values()):
+            raise WireError("a welcome's files must be bytes")
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
         self._participant = Participant(
@@ -129,9 +134,9 @@ class Device:
     def _hold(self, content: bytes) -> bytes:
         assert self._participant is not None
         record = decode(content).record
-        parts = _listed_parts(record)
+        parts = _parts(record.get("manifest"))
         self._require_room(sum(parts.values()))
-        num_bytes = self._cache.fetch(_offers(record.get("fetch")))
+        num_bytes = self._cache.fetch(_offers(record.get("fetch"), parts))
         whole = Payload(self._cache.arrays(parts), record)
         answer = self._participant.hold(whole).record
         self._cache.forget_all_but(record["current"])
@@ -148,25 +153,35 @@ class Device:
             )
 
 
-def _listed_parts(record: Mapping[str, Any]) -> dict[str, int]:
-    """Return the length of each part of the emulator in a "hold" message, by its hash."""
-    try:
-        parts = record["manifest"]["parts"]
-        return {str(part["sha256"]): int(part["num_bytes"]) for part in parts}
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"a hold message must list the parts of an emulator: {error!r}") from error
+def _parts(manifest: object) -> dict[str, int]:
+    """Return the length of each part that an emulator's manifest lists, by its hash [B]."""
+    listed = manifest.get("parts") if isinstance(manifest, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
+        raise WireError(f"an emulator's manifest must list its parts, got {shown(manifest)}")
+    parts = {}
+    for part in listed:
+        sha256, num_bytes = part.get("sha256"), part.get("num_bytes")
+        if not (isinstance(sha256, str) and type(num_bytes) is int and num_bytes > 0):
+            raise WireError(f"a part must have sha256 and num_bytes, got {shown(part)}")
+        parts[sha256] = num_bytes
+    return parts
 
 
-def _offers(value: object) -> dict[str, Offer]:
+def _offers(value: object, parts: Mapping[str, int]) -> dict[str, Offer]:
+    """Return what may be fetched: parts of the emulator, in their length."""
     if not isinstance(value, dict):
-        raise WireError(f"fetch must be a mapping of hashes to offers, got {value!r:.80}")
-    try:
-        return {
-            sha256: Offer(int(offer["num_bytes"]), str(offer["token"]))
-            for sha256, offer in value.items()
-        }
-    except (TypeError, KeyError, ValueError) as error:
-        raise WireError(f"an offer must have num_bytes and token: {error!r}") from error
+        raise WireError(f"fetch must be a mapping of hashes to offers, got {shown(value)}")
+    offers = {}
+    for sha256, item in value.items():
+        offer = item if isinstance(item, dict) else {}
+        token, num_bytes = offer.get("token"), offer.get("num_bytes")
+        if not isinstance(token, str) or sha256 not in parts or num_bytes != parts[sha256]:
+            raise WireError(
+                f"an offer must have a token and the length of one of the emulator's parts, got "
+                f"{shown(item)}"
+            )
+        offers[sha256] = Offer(parts[sha256], token)
+    return offers
 
 
 def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> None:
@@ -187,13 +202,15 @@ def serve_device(path: Path, device: Answers, say: Callable[[str], object]) -> N
 
 def _answer_one(link: socket.socket, device: Answers, say: Callable[[str], object]) -> None:
     try:
-        kind, content = receive(link).decode(), receive(link)
+        kind, content = receive_kind(link), receive(link)
         try:
             flag, answer = b"1", device.handle(kind, content)
         except FedPEATError as error:
-            flag, answer = b"0", str(error).encode()
-        except Exception as error:  # noqa: BLE001 - whatever a message does must not end the device
-            flag, answer = b"0", f"{type(error).__name__}: {error}".encode()
+            flag, answer = b"0", str(error).encode(errors="replace")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever a message does must not end the device; a library's panic in Rust is no Exception
+            flag, answer = b"0", f"{type(error).__name__}: {error}".encode(errors="replace")
         if flag == b"0":
             say(f"could not answer {kind!r}: {answer.decode()}")
         send(link, flag)
