@@ -214,6 +214,15 @@ def test_settings_that_are_not_a_devices_to_make(
     assert line.startswith(f"{name} is the run's, which the server decides")
 
 
+def test_a_device_may_insist_on_masks_and_on_how_many_it_hides_among(
+    refused: Refused, device: Path
+) -> None:
+    own = ["--federated.secure-aggregation", "--federated.secure-min-devices", "5"]
+    line = joined(refused, device, *own, "--federated.secure-bits", "20")
+    assert line.startswith("federated.secure_bits is the run's, which the server decides")
+    assert "federated.secure_aggregation, federated.secure_min_devices" in line
+
+
 def test_who_answers_is_not_the_server(
     refused: Refused, device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

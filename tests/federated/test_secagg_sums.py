@@ -230,7 +230,8 @@ def test_odd_numbers_of_neighbours_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "size", "needed"), [(0.6, 5, 3), (0.6, 10, 6), (0.6, 3, 2), (1.0, 4, 4), (0.51, 2, 2)]
+    ("ratio", "size", "needed"),
+    [(0.6, 5, 3), (0.6, 10, 6), (0.56, 25, 14), (0.6, 3, 2), (1.0, 4, 4), (0.51, 2, 2)],
 )
 def test_threshold_is_the_share_rounded_up_and_at_least_two(
     ratio: float, size: int, needed: int

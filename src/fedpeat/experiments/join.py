@@ -15,7 +15,14 @@ import torch
 
 from fedpeat.config import schema
 from fedpeat.config.loading import differences
-from fedpeat.config.schema import Config, DataConfig, FleetConfig, ModelConfig, PrivacyConfig
+from fedpeat.config.schema import (
+    Config,
+    DataConfig,
+    FederatedConfig,
+    FleetConfig,
+    ModelConfig,
+    PrivacyConfig,
+)
 from fedpeat.core.errors import ConfigError, DataError, FleetError, WireError
 from fedpeat.core.run_folder import storage_errors
 from fedpeat.core.run_lock import take_lock
@@ -139,10 +146,13 @@ def _require_own_settings(config: Config) -> None:
     Raises:
         ConfigError: If there is one.
     """
-    model, most = config.model, config.fleet.max_emulator_bytes
+    model, most, fed = config.model, config.fleet.max_emulator_bytes, config.federated
     own = Config(
         data=config.data,
         model=ModelConfig(device=model.device, dtype=model.dtype),
+        federated=FederatedConfig(
+            secure_aggregation=fed.secure_aggregation, secure_min_devices=fed.secure_min_devices
+        ),
         fleet=FleetConfig(max_emulator_bytes=most),
         privacy=PrivacyConfig(example_noise_multiplier=config.privacy.example_noise_multiplier),
         num_threads=config.num_threads,
@@ -150,7 +160,8 @@ def _require_own_settings(config: Config) -> None:
     for name in differences(own, config):
         raise ConfigError(
             f"{name} is the run's, which the server decides; a device's own settings are data.*, "
-            "model.device, model.dtype, num_threads, fleet.max_emulator_bytes and "
+            "model.device, model.dtype, num_threads, fleet.max_emulator_bytes, "
+            "federated.secure_aggregation, federated.secure_min_devices and "
             "privacy.example_noise_multiplier"
         )
 
