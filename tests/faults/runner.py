@@ -135,7 +135,7 @@ def _see_through(
                 waiting.remove(event)
                 words = [event.kind, event.who, event.role, f"({event.seconds:.0f} s)"]
                 told = " ".join(word for word in words if word)
-                outcome.happened.append(f"{now:.0f} s, {len(history) - 1} rounds: {told}")
+                outcome.happened.append(f"{now:.0f} s, {max(len(history) - 1, 0)} rounds: {told}")
         if fleet.server.ended == 0:
             outcome.finished = True
             kills = [event for event in waiting if event.kind == "kill"]

@@ -140,6 +140,7 @@ def test_how_a_run_ended_is_left_for_the_supervisor(
     config = config_from_dict({**settings, "data": data})
     folder.config.write_text(config_to_yaml(config))
     folder.devices.write_text(json.dumps(["a"]))
+    folder.ca.write_bytes(b"the authority")
     monkeypatch.setenv(FLEET_VARIABLE, str(folder.path))
     run_on(FakeTransport({"a": FakeDevice()}))
     outcome = json.loads(folder.outcome.read_text())
