@@ -37,7 +37,7 @@ __all__ = ["audit_privacy"]
 _AMPLIFICATION = 4.0
 """Of an update of one step, which alone moves the network too little to be heard."""
 
-Scores = tuple[list[Float[np.ndarray, " members"]], list[Float[np.ndarray, " others"]]]
+Scores = tuple[list[Float[np.ndarray, " _"]], list[Float[np.ndarray, " _"]]]
 """What an attack says of members and of others, from each update."""
 
 
