@@ -182,7 +182,8 @@ def test_with_too_few_at_the_start_nobody_trains() -> None:
 
     server = everyone(server_steps=1)
     _, result = one_round(transport, controller=server, server_training=training)
-    assert [kind for kind, _, _ in transport.sent if kind == "train"] == trained == []
+    assert [kind for kind, _, _ in transport.sent if kind == "train"] == []
+    assert trained == []
     assert "secure aggregation: too few devices sent keys: 2, 3 wanted" in result.warnings
     assert [(r.status, r.reason) for r in result.participants] == [
         ("failed", "disk full"),
