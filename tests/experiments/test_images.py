@@ -153,7 +153,8 @@ def test_an_average_over_devices_is_of_the_accuracies_themselves() -> None:
         costs = ("bytes_down", "bytes_up", "num_tokens", "wall_seconds", "peak_rss_bytes")
         beside = dict.fromkeys(names, 1.0)
         cost = dict.fromkeys(costs, 1)
-        return {"quality": {**quality, "cross_entropy": beside}, "cost": cost, "rungs": []}
+        both = {**quality, "cross_entropy": beside}
+        return {"quality": both, "cost": cost, "rungs": [], "privacy": None}
 
     assert mean_summary([summary(0.0), summary(0.5)])["quality"]["plug_in"] == 0.25
 

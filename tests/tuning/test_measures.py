@@ -57,6 +57,7 @@ def test_rouge_l_by_hand() -> None:
     found, true = "a x b y c".split(), "a b c d".split()
     assert rouge_l(found, true) == pytest.approx(2 * 3 / 9)  # a b c, in order
     assert rouge_l("c b a".split(), "a b c".split()) == pytest.approx(2 / 6)
+    assert rouge_l("a a a".split(), ["a"]) == pytest.approx(2 / 4)  # no word counts twice
     assert rouge_l(true, true) == 1
     assert rouge_l(found, []) == 0
 

@@ -141,17 +141,19 @@ def narrow(model: nn.Module, cut: Cut, outgoing: Float[Tensor, "outer columns"])
 def works_narrower(model: nn.Module, cut: Cut, batch: Batch) -> bool:
     """Try a cut, and compare with all rows and the other columns at zero; nothing is changed.
 
-    The two must differ by little beside what the zeros do to the network, so that what is little
-    does not depend on the scale of its output or the precision that it computes in.
+    The two must differ by little beside what the columns that stay do for the network, so that what
+    is little depends neither on the scale of its output nor on the precision that it computes in,
+    and columns without any effect can be left out.
     """
     names = [*cut.rows, cut.after]
     old = {name: model.get_submodule(name) for name in names}
     sizes = {name: getattr(*_place(model, name)) for name in cut.sizes}
     silent = torch.ones(matrix_of(old[cut.after]).shape[1], dtype=torch.bool)
     silent[cut.columns] = False
-    plain = _output(model, batch)
     with silenced(old[cut.after], silent):
         wanted = _output(model, batch)
+    with silenced(old[cut.after], torch.ones_like(silent)):
+        nothing = _output(model, batch)
     try:
         narrow(model, cut, matrix_of(old[cut.after])[:, cut.columns].float())
         got = _output(model, batch)
@@ -164,7 +166,7 @@ def works_narrower(model: nn.Module, cut: Cut, batch: Batch) -> bool:
             setattr(*_place(model, name), value)
     if wanted.shape != got.shape:
         return False
-    error, effect = (float((other - wanted).float().norm()) for other in (got, plain))
+    error, effect = (float((other - wanted).float().norm()) for other in (got, nothing))
     return error <= _LITTLE * effect
 
 
