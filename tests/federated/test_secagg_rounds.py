@@ -174,8 +174,16 @@ def test_below_the_threshold_the_adapter_stays_whatever_the_server_made() -> Non
 def test_with_too_few_at_the_start_nobody_trains() -> None:
     transport = masked(1, 2, 4)
     transport.scripts["hold", "d00"] = failing("disk full")
-    _, result = one_round(transport)
+    trained: list[int] = []
+
+    def training(*task: Any) -> Payload:
+        trained.append(1)
+        return server_adding(5)(*task)
+
+    server = everyone(server_steps=1)
+    _, result = one_round(transport, controller=server, server_training=training)
     assert [kind for kind, _, _ in transport.sent if kind == "train"] == []
+    assert trained == []
     assert "secure aggregation: too few devices sent keys: 2, 3 wanted" in result.warnings
     assert [(r.status, r.reason) for r in result.participants] == [
         ("failed", "disk full"),

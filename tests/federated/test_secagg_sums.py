@@ -151,6 +151,13 @@ def test_the_largest_changes_of_a_full_cohort_do_not_wrap_around() -> None:
     assert sums.mean_loss > 1000
 
 
+def test_changes_are_rounded_to_the_nearest_step_before_they_are_weighed() -> None:
+    quantiser = Quantiser(1.0, 3, 10, 3)  # steps of a quarter
+    values, num_clipped = quantiser.weighted(np.array([0.13, 0.12, -0.3, 0.9, 7.0]), 3)
+    assert values.tolist() == [3, 0, -3, 12, 12]
+    assert num_clipped == 1
+
+
 @pytest.mark.parametrize(
     ("place", "value", "why"),
     [
