@@ -12,6 +12,7 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.package import EmulatorPackage, Memory, pack_emulator
 from fedpeat.emulator.parts import part_bytes, read_part
+from fedpeat.emulator.update import UPDATE
 from fedpeat.federated.shelf import Rung
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
@@ -125,6 +126,17 @@ def test_an_emulator_with_a_tensor_that_is_not_its_own_is_never_sent(part: str, 
     leaking.verify()
     with pytest.raises(EmulatorError, match=f"got {name}; nothing is sent"):
         Rung.of(leaking, AdapterConfig(), [0, 5])
+
+
+@pytest.mark.parametrize(("block", "is_sent"), [(2, True), (3, False)])
+def test_an_update_of_a_dropped_block_is_never_sent(block: int, is_sent: bool) -> None:  # noqa: FBT001
+    name = f"model.layers.{block}.mlp.up_proj.lora_A"
+    package = packed(SMALL).with_parts({UPDATE: {name: torch.ones(2, 32)}})
+    if is_sent:
+        Rung.of(package, AdapterConfig(), [0, 5])
+        return
+    with pytest.raises(EmulatorError, match=f"got {name}; nothing is sent"):
+        Rung.of(package, AdapterConfig(), [0, 5])
 
 
 def test_bytes_of_no_tensor_in_a_part_are_never_sent() -> None:

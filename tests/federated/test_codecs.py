@@ -378,9 +378,14 @@ def test_arrays_that_no_codec_writes_are_refused(case: str) -> None:
     assert len(str(error.value)) < 200
 
 
-def test_topk_refuses_a_step_that_leads_past_the_end_after_a_longest_one() -> None:
+@pytest.mark.parametrize(
+    "steps", [[0, 65535], [3, 4], [5, 0]], ids=["past the end", "too many", "an end of its own"]
+)
+def test_topk_refuses_steps_that_lead_elsewhere_where_longest_steps_may_be(
+    steps: list[int],
+) -> None:
     length = 70_000
-    arrays = {"steps": np.array([0, 65535], np.uint16), "values": np.zeros(1, np.uint16)}
+    arrays = {"steps": np.array(steps, np.uint16), "values": np.zeros(1, np.uint16)}
     with pytest.raises(WireError, match="must lead to 1 of 70000 entries"):
         codec_of("topk").decode(arrays, length, 1e-9)
 

@@ -249,6 +249,16 @@ def test_a_message_of_more_levels_than_any_honest_one_is_refused() -> None:
         decode(of(64))
 
 
+@pytest.mark.parametrize("schema", ["true", "1.0", "2", '"1"', "null"])
+def test_a_message_of_another_schema_is_refused(schema: str) -> None:
+    def of(text: str) -> bytes:
+        return raw({"__metadata__": {"fedpeat": f'{{"schema": {text}, "record": {{}}}}'}})
+
+    assert decode(of("1")).record == {}
+    with pytest.raises(WireError, match="message schema must be 1, got"):
+        decode(of(schema))
+
+
 def test_a_header_that_is_too_long_is_refused_before_it_is_read() -> None:
     content = raw(b"[" + b" " * 2**24 + b"]")
     with pytest.raises(WireError, match="header must have at most 16777216 bytes, got"):
