@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedpeat.data.images import ImageInputs, ImageSet
 from fedpeat.data.packing import PackedText
-from fedpeat.model.cut import frozen
+from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.model.blocks import find_blocks
+from fedpeat.model.cut import build_from_blocks, frozen
 
 VOCAB_SIZE = 300
 BLOCK_SIZE = 16
@@ -55,6 +58,27 @@ def tiny_model(
         for matrix in [p for p in model.parameters() if p.ndim > 1]:
             torch.nn.init.normal_(matrix, std=0.2)  # so large that every block matters
     return frozen(model, torch.device("cpu"))
+
+
+def tiny_package(
+    kept: Sequence[int],
+    kind: str = "llama",
+    *,
+    recipe: str = "layer_drop:0.25",
+    parent_sha256: str = "0" * 64,
+) -> EmulatorPackage:
+    """Return an emulator of a tiny model of six blocks."""
+    model = tiny_model(kind)
+    blocks = find_blocks(model)
+    return pack_emulator(
+        build_from_blocks(model, blocks, kept),
+        model,
+        blocks,
+        kept,
+        recipe=recipe,
+        dtype=torch.float32,
+        parent_sha256=parent_sha256,
+    )
 
 
 def save_tiny_llama(folder: Path) -> Path:

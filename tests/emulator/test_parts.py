@@ -10,30 +10,18 @@ import torch
 
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import EmulatorError
-from fedpeat.emulator.package import EmulatorPackage, Memory, pack_emulator
+from fedpeat.emulator.package import EmulatorPackage, Memory
 from fedpeat.emulator.parts import part_bytes, read_part
 from fedpeat.emulator.update import UPDATE
 from fedpeat.federated.shelf import Rung
-from fedpeat.model.blocks import find_blocks
-from fedpeat.model.cut import build_from_blocks
-from tiny import CONFIGS, random_ids, tiny_model
+from tiny import CONFIGS, random_ids, tiny_package
 
 CPU = torch.device("cpu")
 LARGE, SMALL = (0, 1, 2, 5), (0, 2, 5)
 
 
 def packed(kept: tuple[int, ...], kind: str = "llama") -> EmulatorPackage:
-    model = tiny_model(kind)
-    blocks = find_blocks(model)
-    return pack_emulator(
-        build_from_blocks(model, blocks, kept),
-        model,
-        blocks,
-        kept,
-        recipe="",
-        dtype=torch.float32,
-        parent_sha256="",
-    )
+    return tiny_package(kept, kind, recipe="", parent_sha256="")
 
 
 def storages(model: torch.nn.Module) -> set[int]:

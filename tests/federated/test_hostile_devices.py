@@ -22,7 +22,7 @@ from fedpeat.core.errors import FedPEATError, WireError
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
-from fedpeat.emulator.package import EmulatorPackage, identity, pack_emulator
+from fedpeat.emulator.package import EmulatorPackage, identity
 from fedpeat.emulator.parts import short
 from fedpeat.federated import participant
 from fedpeat.federated.codecs import UpdateCodec
@@ -32,10 +32,9 @@ from fedpeat.federated.flower.worker import Device, _answer_one
 from fedpeat.federated.participant import Participant, train_message
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
-from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.local import LocalSettings, LocalStats
 from hostile import CRAFTED, hostile, meaning, refused
-from tiny import random_text, tiny_model
+from tiny import random_text, tiny_model, tiny_package
 
 COUNTS = {"hello": 300, "welcome": 300, "hold": 500, "train": 1200, "socket": 400}
 KEPT, TUNED = [0, 2, 5], [0, 5]
@@ -63,17 +62,7 @@ class NoNetwork(PartCache):
 
 @pytest.fixture(scope="module")
 def package() -> EmulatorPackage:
-    model = tiny_model("llama", num_blocks=6)
-    blocks = find_blocks(model)
-    return pack_emulator(
-        build_from_blocks(model, blocks, KEPT),
-        model,
-        blocks,
-        KEPT,
-        recipe="layer_drop:0.25",
-        dtype=torch.float32,
-        parent_sha256="0" * 64,
-    )
+    return tiny_package(KEPT)
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,15 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
-from fedpeat.emulator.package import EmulatorPackage, pack_emulator
+from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.emulator.parts import part_bytes, part_hash, read_part
 from fedpeat.federated.codecs import UpdateCodec, decode_update
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.participant import Participant, fixed_width, train_message
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
-from fedpeat.model.cut import build_from_blocks
 from fedpeat.tuning.local import LocalSettings
-from tiny import random_text, tiny_model
+from tiny import random_text, tiny_model, tiny_package
 
 KEPT, TUNED = [0, 2, 5], [0, 5]
 CONFIG = AdapterConfig(num_bottom=1, num_top=1, r=2)
@@ -38,17 +37,7 @@ FLOAT = torch.float32
 
 @pytest.fixture(scope="module")
 def package() -> EmulatorPackage:
-    model = tiny_model("llama", num_blocks=6)
-    blocks = find_blocks(model)
-    return pack_emulator(
-        build_from_blocks(model, blocks, KEPT),
-        model,
-        blocks,
-        KEPT,
-        recipe="layer_drop:0.25",
-        dtype=FLOAT,
-        parent_sha256="0" * 64,
-    )
+    return tiny_package(KEPT)
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,7 @@ class Federation:
             )
             for client_id, result in results.items()
         )
+        bytes_up = sum(sent.bytes_up for sent in exchange.traffic.values())
         return new_state, RoundResult(
             server_round=server_round,
             train_loss=_train_loss(updates),
@@ -237,9 +238,8 @@ class Federation:
             product_error=error,
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
-            bytes_up=sum(sent.bytes_up for sent in exchange.traffic.values()),
-            bytes_up_plain=sum(sent.bytes_up for sent in exchange.traffic.values())
-            + sum(outcome.bytes_saved for outcome in trained.outcomes),
+            bytes_up=bytes_up,
+            bytes_up_plain=bytes_up + sum(outcome.bytes_saved for outcome in trained.outcomes),
             num_tokens=trained.num_hidden_tokens + sum(r.num_tokens for r in participants),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from fedpeat.report.axes import Scale, nice_ticks, padded_range, value_ticks
-from fedpeat.report.fields import Fields, parse_object, read_text
+from fedpeat.report.fields import Fields, read_record
 from fedpeat.report.markup import Html, element, join
 from fedpeat.report.quantities import count_text, number_text, quality_text, ratio_text
 from fedpeat.report.records import METRICS, Attack, AttackPoint, Audit, AuditedEmulator
@@ -34,12 +34,9 @@ def load_audit(run_dir: Path) -> Audit | None:
     Raises:
         DataError: If it is not as expected.
     """
-    path = run_dir / "audit.json"
-    if not path.is_file():
+    fields = read_record(run_dir / "audit.json")
+    if fields is None:
         return None
-    fields = parse_object(read_text(path), str(path))
-    if fields.number("schema") != 1:
-        raise fields.fault("schema", "1")
     return Audit(
         fields.choice("metric", METRICS),
         _source(fields.child("public_text")),

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpeat.core.errors import DataError
 
-__all__ = ["Fields", "finite", "parse_object", "read_text"]
+__all__ = ["Fields", "finite", "parse_object", "read_record", "read_text"]
 
 _MAX_SHOWN = 60
 
@@ -35,6 +35,20 @@ def finite(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+def read_record(path: Path) -> Fields | None:
+    """Return what a file of schema 1 says; None where there is none.
+
+    Raises:
+        DataError: If it cannot be read, is no JSON object, or of another schema.
+    """
+    if not path.is_file():
+        return None
+    fields = parse_object(read_text(path), str(path))
+    if fields.number("schema") != 1:
+        raise fields.fault("schema", "1")
+    return fields
 
 
 def parse_object(text: str, where: str) -> Fields:

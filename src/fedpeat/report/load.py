@@ -9,7 +9,7 @@ from pathlib import Path
 from fedpeat.core.errors import DataError
 from fedpeat.report.audit import load_audit
 from fedpeat.report.controller import load_trained
-from fedpeat.report.fields import Fields, parse_object, read_text
+from fedpeat.report.fields import Fields, parse_object, read_record, read_text
 from fedpeat.report.privacy_audit import load_privacy_audit
 from fedpeat.report.records import (
     BESIDE,
@@ -100,7 +100,8 @@ def _load_folder(folder: Path, reference: RunData | None) -> RunData:
 
 def load_summary(path: Path) -> Summary | None:
     """Return summary.json, None where there is none; DataError if it is damaged."""
-    return _summary(parse_object(read_text(path), str(path))) if path.is_file() else None
+    fields = read_record(path)
+    return None if fields is None else _summary(fields)
 
 
 def parse_round(line: str, where: str) -> tuple[RoundRecord, str | None]:
@@ -214,8 +215,6 @@ def _participation(fields: Fields) -> Participation:
 
 
 def _summary(fields: Fields) -> Summary:
-    if fields.number("schema") != 1:
-        raise fields.fault("schema", "1")
     quality = fields.child("quality")
     if quality is None:
         raise fields.fault("quality", "an object")

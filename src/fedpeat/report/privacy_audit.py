@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from fedpeat.report.fields import Fields, parse_object, read_text
+from fedpeat.report.fields import Fields, read_record
 from fedpeat.report.markup import Html, element, join
 from fedpeat.report.quantities import count_text, number_text, ratio_text
 from fedpeat.report.records import Inverted, Membership, MembershipAttack, PrivacyAudit
@@ -50,12 +50,9 @@ def load_privacy_audit(run_dir: Path) -> PrivacyAudit | None:
     Raises:
         DataError: If it is not as expected.
     """
-    path = run_dir / "privacy_audit.json"
-    if not path.is_file():
+    fields = read_record(run_dir / "privacy_audit.json")
+    if fields is None:
         return None
-    fields = parse_object(read_text(path), str(path))
-    if fields.number("schema") != 1:
-        raise fields.fault("schema", "1")
     return PrivacyAudit(
         fields.amount("num_devices"),
         tuple(_membership(item) for item in fields.children("membership")),

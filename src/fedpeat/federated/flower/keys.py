@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpeat.core.errors import ConfigError
 from fedpeat.core.run_folder import replace_folder, storage_errors
+from fedpeat.federated.certificates import certificate_of, named
 
 __all__ = ["DeviceKeys", "ServerKeys", "device_keys", "make_keys", "server_keys"]
 
@@ -150,9 +151,9 @@ def _authority(folder: Path, num_days: int) -> _Authority:
     if ca_path.exists():
         raise ConfigError(f"{key_path} must be there to make further keys; bring it back for that")
     key = ec.generate_private_key(_CURVE())
-    name = _named("fedpeat authority")
+    name = named("fedpeat authority")
     certificate = (
-        _builder(name, name, key.public_key(), num_days)
+        certificate_of(name, name, key.public_key(), datetime.now(UTC), num_days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_usage(signs_certificates=True), critical=True)
@@ -200,7 +201,7 @@ def _issued(
 ) -> x509.Certificate:
     issuer = authority.certificate.subject
     builder = (
-        _builder(_named(name), issuer, key.public_key(), num_days)
+        certificate_of(named(name), issuer, key.public_key(), datetime.now(UTC), num_days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -212,21 +213,6 @@ def _issued(
     if names is not None:
         builder = builder.add_extension(names, critical=False)
     return builder.sign(authority.key, hashes.SHA384())
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, num_days: int
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))  # clocks differ
-        .not_valid_after(now + timedelta(days=num_days))
-    )
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
@@ -241,10 +227,6 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
 def _host(host: str) -> x509.GeneralName:

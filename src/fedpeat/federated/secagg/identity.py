@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpeat.core.errors import ConfigError, WireError
+from fedpeat.federated.certificates import certificate_of, named
 
 __all__ = ["Authority", "Identity", "identity_of", "simulated"]
 
@@ -31,6 +32,7 @@ _PEM = serialization.Encoding.PEM
 _HASH = hashes.SHA384()
 _DEVICE = ExtendedKeyUsageOID.CLIENT_AUTH  # the server has a certificate too, and is no device
 _MAX_COMMON_NAME = 64
+_SIMULATED_DAYS = 3650
 _CERTIFICATE_BYTES = 1024
 """Certificates are padded to this, so that the bytes of a run do not depend on random keys."""
 
@@ -104,16 +106,22 @@ def identity_of(name: str, ca: Path, key: Path, certificate: Path) -> Identity:
 def simulated(names: Iterable[str]) -> tuple[dict[str, Identity], bytes]:
     """Return identities for devices in this process, and the certificate of their authority."""
     root = ec.generate_private_key(ec.SECP256R1())
-    issuer = _named("fedpeat simulation")
-    builder = _builder(issuer, issuer, root.public_key()).add_extension(
-        x509.BasicConstraints(ca=True, path_length=0), critical=True
-    )
+    issuer = named("fedpeat simulation")
+    builder = certificate_of(
+        issuer, issuer, root.public_key(), datetime.now(UTC), _SIMULATED_DAYS
+    ).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     authority = Authority(builder.sign(root, hashes.SHA256()).public_bytes(_PEM))
     identities = {}
     for name in names:
         key = ec.generate_private_key(ec.SECP256R1())
         own = (
-            _builder(_named(name), issuer, key.public_key())
+            certificate_of(
+                named(_common_name(name)),
+                issuer,
+                key.public_key(),
+                datetime.now(UTC),
+                _SIMULATED_DAYS,
+            )
             .add_extension(x509.ExtendedKeyUsage([_DEVICE]), critical=False)
             .sign(root, hashes.SHA256())
         )
@@ -161,22 +169,3 @@ def _common_name(name: str) -> str:
     """Return what a certificate calls a device; a simulated one may have a long name."""
     is_short = len(name.encode()) <= _MAX_COMMON_NAME
     return name if is_short else hashlib.sha256(name.encode()).hexdigest()
-
-
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _common_name(name))])
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=3650))
-    )
