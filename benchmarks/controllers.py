@@ -232,7 +232,11 @@ def _sizes(config: Config, args: argparse.Namespace, number: int, seed: int) -> 
     steps = args.steps if number <= 50 else args.steps // 4
     carried = _of_ten(config, args.calibration, args.steps, seed)
     there = _with_devices(config, args.calibration, number)
-    own = train_sabppo(there, SabppoSettings(total_steps=steps, seed=seed))
+    own = (
+        carried
+        if number == 10
+        else train_sabppo(there, SabppoSettings(total_steps=steps, seed=seed))
+    )
     plan = tune(there, "random", total_steps=steps, seed=seed)
     judge = there.resized(NUM_JUDGES if number <= 50 else 200)
     planners: dict[str, Planner] = {

@@ -145,6 +145,7 @@ def measure(folder: Path, num_cuts: int) -> dict[str, Any]:
             key=str(server / "server.key"),
             parts=str(run / "parts"),
             secret=str(run / "secret"),
+            bell=str(run / "bell"),
         )
         (run / "gate.json").write_text(json.dumps(asdict(settings)))
         offered = in_own_process("offer", run, {"emulators": str(folder)})

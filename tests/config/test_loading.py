@@ -162,6 +162,7 @@ IN_A_WORLD = {
         "server_flops_per_s": 1e12,
         "server_power_w": 99.0,
         "workload_scale": 1e3,
+        "adapter_scale": 30.0,
     },
     "controller": {
         "kind": "sabppo",

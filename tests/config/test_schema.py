@@ -93,6 +93,7 @@ RANGES: dict[str, tuple[list[float], list[float | None]]] = {
     "world.server_flops_per_s": ([0.0, -1.0], [1e-3]),
     "world.server_power_w": ([0.0, -1.0], [1e-3]),
     "world.workload_scale": ([0.0, -1.0], [1e-9]),
+    "world.adapter_scale": ([0.0, -1.0], [1e-9, None]),
     "controller.time_weight": ([-0.1], [0.0]),
     "controller.energy_weight": ([-0.1], [0.0]),
     "controller.bytes_weight": ([-0.1], [0.0]),

@@ -220,6 +220,24 @@ def test_operations_go_with_the_batch_even_beyond_a_devices_data(
         assert large.step_flops == pytest.approx(2 * small.step_flops, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "adapter_scale"), [("lora", 3.0), ("ia3", 3.0), ("none", 9.0), ("full", 9.0)]
+)
+def test_what_grows_with_the_width_alone_has_a_scale_of_its_own(
+    method: str, adapter_scale: float, config: Config
+) -> None:
+    own = {"adapter": {"method": method}, **(FULL if method == "full" else {})}
+    bench = bench_of(override(config, own))
+    larger = changed(bench, {"world": {"workload_scale": 9.0, "adapter_scale": 3.0}})
+    before, after = measure_workload(bench), measure_workload(larger)
+    for small, large in zip(before.rungs, after.rungs, strict=True):
+        assert large.adapter_down_bytes == adapter_scale * small.adapter_down_bytes
+        assert large.adapter_up_bytes == adapter_scale * small.adapter_up_bytes
+        assert large.parts == {sha256: 9 * size for sha256, size in small.parts.items()}
+        assert large.step_flops == 9 * small.step_flops
+        assert large.memory_bytes == 9 * small.memory_bytes
+
+
 @pytest.mark.parametrize("rule", ["ffa", "rolora"])
 def test_a_part_of_the_adapter_takes_fewer_operations_and_less_memory(
     rule: str, wide: Bench
@@ -355,7 +373,9 @@ def test_nothing_is_put_on_the_shelf_of_the_devices(ladder: Bench) -> None:
 
 
 def test_scale_multiplies_bytes_operations_and_memory(ladder: Bench) -> None:
-    one, many = measure_workload(ladder), measure_workload(ladder, scale=2.5)
+    one, many = (
+        measure_workload(b) for b in (ladder, changed(ladder, {"world": {"workload_scale": 2.5}}))
+    )
     for name in ("server_step_flops", "realign_flops"):
         assert getattr(many, name) == 2.5 * getattr(one, name) > 0
     assert many.refresh_bytes == {n: round(2.5 * b) for n, b in (one.refresh_bytes or {}).items()}

@@ -370,7 +370,7 @@ class Coming(FakeTransport):
 
 def test_a_run_waits_for_all_its_devices_once_and_then_for_those_that_a_round_needs() -> None:
     devices = Coming({name: FakeDevice() for name in ("stranger", "a", "b", "c")})
-    waiting = fleet.Patient(devices, "abc", first=2, least=1, say=lambda _: None)
+    waiting = fleet.Patient(devices, "abc", first=2, least=1, say=lambda _: None, ring=lambda: None)
     assert waiting.nodes() == ["a", "b"]
     devices.num_asked = 0
     assert waiting.nodes() == ["a"]

@@ -62,7 +62,7 @@ def gate_port(keys: Path, tmp_path: Path) -> Iterator[int]:
     (tmp_path / "secret").write_bytes(b"a secret")
     ca, certificate, key = str(server.ca), str(server.certificate), str(server.key)
     parts, secret = str(tmp_path / "parts"), str(tmp_path / "secret")
-    settings = GateSettings("", 0, "127.0.0.1:1", ca, certificate, key, parts, secret)
+    settings = GateSettings("", 0, "127.0.0.1:1", ca, certificate, key, parts, secret, "")
     config = uvicorn.Config(
         gate(settings), ssl_certfile=certificate, ssl_keyfile=key, log_level="critical", ws="none"
     )

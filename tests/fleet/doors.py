@@ -30,14 +30,31 @@ def keys_in(folder: Path) -> ServerKeys:
 
 @dataclass
 class FakeSuperLink:
-    """Answers every request, and remembers it."""
+    """Answers every request, and remembers it; with a mailbox, as one in which all are known.
+
+    Attributes:
+        seen: Method, path, headers and body of each request.
+        mailbox: What those who ask are given, one at a time; then nothing.
+        before_answer: Is called before each answer, and may say with which status it is refused.
+    """
 
     seen: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+    mailbox: list[bytes] | None = None
+    before_answer: Callable[[], int | None] = lambda: None
+
+    def forget(self) -> None:
+        """Be as at the beginning."""
+        self.seen.clear()
+        self.mailbox, self.before_answer = None, lambda: None
 
     def app(self) -> Starlette:
         async def answer(request: Request) -> Response:
             body, path = await request.body(), request.scope["raw_path"].decode()
             self.seen.append((request.method, path, dict(request.headers), body))
+            if refused := self.before_answer():
+                return Response(b"", refused)
+            if self.mailbox is not None:
+                return Response(self.mailbox.pop(0) if self.mailbox else b"")
             return Response(b"answer to " + body, 418, {"x-flower": "yes"})
 
         app = Starlette()
@@ -117,6 +134,7 @@ def open_gate(folder: Path, keys: ServerKeys, superlink_keys: ServerKeys) -> Ite
             str(keys.key),
             str(folder / "parts"),
             str(folder / "parts.secret"),
+            str(folder / "bell"),
         )
         with served(gate_server(settings)) as port:
             yield Door(port, settings, superlink)

@@ -6,7 +6,8 @@ import hashlib
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -32,7 +33,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
 
 @pytest.fixture(autouse=True)
 def _forget(door: Door) -> None:
-    door.superlink.seen.clear()
+    door.superlink.forget()
 
 
 @pytest.fixture
@@ -59,6 +60,134 @@ def test_a_call_of_the_fleet_and_its_answer_pass_untouched(
     assert signed.items() <= headers.items()
     assert (answer.status_code, answer.content) == (418, b"answer to a message")
     assert answer.headers["x-flower"] == "yes"
+
+
+# --- waiting for messages ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(door: Door) -> Iterator[Callable[[], Future[httpx.Response]]]:
+    """Ask for messages in a thread; return once the SuperLink has been asked."""
+    with door.client() as client, ThreadPoolExecutor() as threads:
+
+        def ask() -> Future[httpx.Response]:
+            before = len(door.superlink.seen)
+            answer = threads.submit(client.post, CALL, content=b"any?", headers={"flwr-x": "me"})
+            until(lambda: len(door.superlink.seen) > before)
+            return answer
+
+        yield ask
+
+
+def until(holds: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until something holds; it must."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ring(door: Door) -> None:
+    """Ring, and return once somebody has asked again."""
+    before = len(door.superlink.seen)
+    Path(door.settings.bell).touch()
+    until(lambda: len(door.superlink.seen) > before)
+
+
+Ask = Callable[[], Future[httpx.Response]]
+
+
+def test_who_asks_for_messages_waits_until_there_is_one(door: Door, ask: Ask) -> None:
+    door.superlink.mailbox = []
+    answer = ask()
+    ring(door)  # for somebody else
+    time.sleep(0.2)
+    assert not answer.done()
+    door.superlink.mailbox.append(b"a message")
+    ring(door)
+    assert (answer.result(5).status_code, answer.result().content) == (200, b"a message")
+    first, *others = [
+        (path, headers["flwr-x"], body) for _, path, headers, body in door.superlink.seen
+    ]
+    assert first == (CALL, "me", b"any?")
+    assert others == [first, first]
+
+
+def test_a_message_sent_while_the_superlink_answers_is_not_missed(door: Door, ask: Ask) -> None:
+    mailbox: list[bytes] = []
+    door.superlink.mailbox = mailbox
+
+    def before_answer() -> None:
+        if len(door.superlink.seen) == 1:
+            Path(door.settings.bell).touch()
+            time.sleep(0.2)  # the gate hears it meanwhile
+        else:
+            mailbox.append(b"a message")
+
+    door.superlink.before_answer = before_answer
+    assert ask().result(5).content == b"a message"
+
+
+def test_who_asks_for_messages_does_not_wait_for_ever(
+    door: Door, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_HOLD_SECONDS", 0.3)
+    door.superlink.mailbox = []
+    start = time.monotonic()
+    answer = ask().result(5)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert time.monotonic() - start >= 0.3
+    assert len(door.superlink.seen) == 1
+
+
+def test_who_is_refused_does_not_wait(door: Door, ask: Ask) -> None:
+    door.superlink.before_answer = lambda: 401
+    assert ask().result(5).status_code == 401
+
+
+def test_who_is_refused_later_is_told_that_there_was_no_message(door: Door, ask: Ask) -> None:
+    door.superlink.mailbox = []
+    answer = ask()
+    door.superlink.before_answer = lambda: 401
+    ring(door)
+    assert (answer.result(5).status_code, answer.result().content) == (200, b"")
+
+
+def test_who_waits_is_answered_when_the_gate_closes(tmp_path: Path) -> None:
+    keys = keys_in(tmp_path / "keys")
+    with ThreadPoolExecutor() as threads:
+        with open_gate(tmp_path, keys, keys) as door:
+            door.superlink.mailbox = []
+            client = door.client()
+            answer = threads.submit(client.post, CALL)
+            until(lambda: door.superlink.seen)
+            time.sleep(0.2)
+            start = time.monotonic()
+        assert (answer.result(5).status_code, answer.result().content) == (200, b"")
+        assert time.monotonic() - start < 5
+        client.close()
+
+
+def test_nothing_is_taken_for_who_has_gone(door: Door) -> None:
+    door.superlink.mailbox = []
+    context = ssl.create_default_context(cafile=door.settings.ca)
+    with (
+        socket.create_connection(("127.0.0.1", door.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as link,
+    ):
+        link.sendall(
+            f"POST {CALL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        until(lambda: door.superlink.seen)
+        time.sleep(0.2)
+    time.sleep(0.2)
+    door.superlink.mailbox.append(b"a message")
+    Path(door.settings.bell).touch()
+    time.sleep(0.5)
+    assert door.superlink.mailbox == [b"a message"]
+
+
+# --- what else passes ----------------------------------------------------------------------------
 
 
 def test_health_is_that_of_the_superlink(door: Door, client: httpx.Client) -> None:

@@ -31,6 +31,11 @@ from fedpeat.federated.flower.knock import knock
 from fleet.doors import keys_in
 from tiny import tiny_settings
 
+
+def silent() -> None:
+    """Ring no bell."""
+
+
 # --- who is waited for ---------------------------------------------------------------------------
 
 
@@ -54,7 +59,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_round_waits_for_all_and_others_for_the_fewest() -> None:
     inner = Arriving("c", "a", "b")
     said: list[str] = []
-    patient = Patient(inner, ["a", "b", "c"], first=3, least=1, say=said.append)
+    patient = Patient(inner, ["a", "b", "c"], first=3, least=1, say=said.append, ring=silent)
     assert patient.nodes() == ["c", "a", "b"]
     assert said == [
         "waiting for devices, 1 of 3 are here: c",
@@ -65,13 +70,18 @@ def test_the_first_round_waits_for_all_and_others_for_the_fewest() -> None:
 
 
 def test_a_device_without_a_key_of_now_does_not_take_part() -> None:
-    patient = Patient(Arriving("old", "a"), ["a"], first=1, least=1, say=lambda _: None)
+    patient = Patient(
+        Arriving("old", "a"), ["a"], first=1, least=1, say=lambda _: None, ring=silent
+    )
     assert patient.nodes() == ["a"]
 
 
 def test_tasks_and_replies_pass_through() -> None:
-    patient = Patient(FakeTransport({"a": FakeDevice()}), ["a"], 1, 1, print)
+    rung: list[str] = []
+    inner = FakeTransport({"a": FakeDevice()})
+    patient = Patient(inner, ["a"], 1, 1, print, lambda: rung.append(f"after {len(inner.sent)}"))
     tickets = patient.submit("hello", {"a": b""}, 1.0)
+    assert rung == ["after 1"]
     assert [reply.node for _, reply in patient.poll(tickets)] == ["a"]
 
 

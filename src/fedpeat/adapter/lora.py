@@ -197,24 +197,31 @@ def product_error(states: Sequence[State], weights: Sequence[float]) -> float | 
         r = max(len(s[name_a]) for s in own)
         a = _stacked([s[name_a] for s in own], (r, own[0][name_a].shape[1]))
         b = _stacked([s[name_b] for s in own], (len(own[0][name_b]), r))
-        centred_a, centred_b = (x - np.tensordot(shares, x, axes=1) for x in (a, b))
-        errors.append(_squared_norm(shares, centred_a, centred_b))
-        norms.append(_squared_norm(shares, a, b))
+        error, norm = _squared_norms(shares, a, b)
+        errors.append(error)
+        norms.append(norm)
     norm = math.fsum(norms)
     return math.sqrt(math.fsum(errors) / norm) if norm else None
 
 
-def _squared_norm(
+def _squared_norms(
     shares: Float[np.ndarray, " k"],
     a: Float[np.ndarray, "k r d_in"],
     b: Float[np.ndarray, "k d_out r"],
-) -> float:
-    """Return ||sum_k share_k B_k A_k||^2, from the Gram matrices of the stacked factors."""
-    stack_a = a.reshape(-1, a.shape[2])  # (k r, d_in)
-    stack_b = b.swapaxes(1, 2).reshape(-1, b.shape[1])  # (k r, d_out)
+) -> tuple[float, float]:
+    """Return ||mean(BA) - mean(B) mean(A)||^2 and ||mean(BA)||^2, from products of factors only.
+
+    mean(BA) is the covariance plus mean(B) mean(A), so that its norm needs the small products of
+    those two alone on top of the covariance's.
+    """
+    mean_a, mean_b = (np.tensordot(shares, x, axes=1) for x in (a, b))
+    stack_a = (a - mean_a).reshape(-1, a.shape[2])  # (k r, d_in)
+    stack_b = (b - mean_b).swapaxes(1, 2).reshape(-1, b.shape[1])  # (k r, d_out)
     scale = np.repeat(shares, a.shape[1])
-    grams = (stack_b @ stack_b.T) * (stack_a @ stack_a.T)
-    return max(0.0, float(scale @ grams @ scale))
+    error = max(0.0, float(scale @ ((stack_b @ stack_b.T) * (stack_a @ stack_a.T)) @ scale))
+    cross = float(np.sum(scale @ ((stack_b @ mean_b) * (stack_a @ mean_a.T))))
+    mean = float(np.sum((mean_b.T @ mean_b) * (mean_a @ mean_a.T)))
+    return error, max(0.0, error + 2 * cross + mean)
 
 
 def _filled(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -706,6 +706,9 @@ class WorldConfig:
     workload_scale: float = 1.0
     """What the model's bytes, operations and memory are multiplied by on the way into the simulated
     world, so that a small model can stand in for a large one."""
+    adapter_scale: float | None = None
+    """What messages with LoRA, IA3 or a prompt are multiplied by, if not by workload_scale: these
+    grow with the width of a network, its weights with the square of the width."""
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -719,8 +722,9 @@ class WorldConfig:
             "workload_scale",
         ):
             _require_positive(f"world.{name}", getattr(self, name))
-        if self.deadline_s is not None:
-            _require_positive("world.deadline_s", self.deadline_s)
+        for name in ("adapter_scale", "deadline_s"):
+            if (value := getattr(self, name)) is not None:
+                _require_positive(f"world.{name}", value)
 
 
 @dataclass(frozen=True)

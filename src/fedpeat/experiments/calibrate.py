@@ -213,14 +213,13 @@ def _alike(bench: Bench) -> Bench:
 def _facts(bench: Bench) -> dict[str, Any]:
     """Return what the federation is like, for a simulated one to be alike."""
     examples = [part.num_examples for part in bench.data.clients.values()]
-    scale = bench.config.world.workload_scale
     return {
         "schema": _SCHEMA,
         "num_devices": len(examples),
         "device_examples": [min(examples), max(examples)],
         "server_examples": bench.data.server.num_examples if bench.data.server else 0,
         "start_loss": _loss(bench),
-        "workload": measure_workload(bench, scale=scale).record(),
+        "workload": measure_workload(bench).record(),
     }
 
 

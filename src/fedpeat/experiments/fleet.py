@@ -34,7 +34,7 @@ def run_on(transport: Transport) -> None:
     wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
     depot = Depot(fleet.parts, fleet.parts_secret)
     news = NewsWriter(fleet.news)
-    waiting = Patient(transport, names, wanted, least_devices(config), news.message)
+    waiting = Patient(transport, names, wanted, least_devices(config), news.message, fleet.ring)
     outcome = {"exit_code": 0, "error": ""}
     try:
         reached = Fleet(waiting, depot.offer, names, fleet.ca.read_bytes())
@@ -61,6 +61,7 @@ class Patient:
         first: How many must be there before the first round.
         least: How many before any other.
         say: Is told who is there while others are waited for.
+        ring: Is called when tasks were sent, so that devices look for them.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Patient:
         first: int,
         least: int,
         say: Callable[[str], object],
+        ring: Callable[[], object],
     ) -> None:
         self._inner = inner
         self._say = say
+        self._ring = ring
         self._names = frozenset(names)
         self._wanted, self._least = first, least
         self.interval_seconds = inner.interval_seconds
@@ -96,7 +99,9 @@ class Patient:
         self, kind: str, tasks: Mapping[str, bytes], deadline_seconds: float | None
     ) -> dict[str, str]:
         """Send tasks."""
-        return self._inner.submit(kind, tasks, deadline_seconds)
+        tickets = self._inner.submit(kind, tasks, deadline_seconds)
+        self._ring()
+        return tickets
 
     def poll(self, tickets: Mapping[str, str]) -> list[tuple[str, Reply]]:
         """Return the replies that have come."""

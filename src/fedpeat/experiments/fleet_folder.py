@@ -11,6 +11,7 @@ runs/NAME-fleet/
   app/, home/      what Flower is told to run, and its own files
   logs/            what each program says
   process.json     the process that runs the rounds
+  bell             touched whenever messages were sent to devices
   news.txt         what it has to say meanwhile
   outcome.json     how that ended
 """
@@ -21,6 +22,7 @@ import json
 import os
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +113,10 @@ class FleetFolder:
         return self.path / "process.json"
 
     @property
+    def bell(self) -> Path:
+        return self.path / "bell"
+
+    @property
     def news(self) -> Path:
         return self.path / "news.txt"
 
@@ -125,6 +131,11 @@ class FleetFolder:
     @property
     def tasks_secret(self) -> Path:
         return secret_file(self.path / "tasks.secret")
+
+    def ring(self) -> None:
+        """Touch the bell; without it devices look for messages a while later."""
+        with suppress(OSError):
+            self.bell.touch()
 
     def log(self, name: str) -> Path:
         """Return the log of a program."""

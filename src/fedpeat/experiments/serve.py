@@ -175,6 +175,7 @@ def _programs(config: Config, keys: ServerKeys, fleet: FleetFolder) -> list[Prog
         key=key,
         parts=str(fleet.parts),
         secret=str(fleet.parts_secret),
+        bell=str(fleet.bell),
     )
     gate_file = fleet.path / "gate.json"
     write_atomically(gate_file, json.dumps(asdict(gate)))

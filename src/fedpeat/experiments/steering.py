@@ -47,7 +47,7 @@ def make_controller(bench: Bench) -> Controller:
             is_poisson=is_poisson(config),
         )
     client_ids = sorted(bench.client_ids)
-    workload = measure_workload(bench, scale=config.world.workload_scale)
+    workload = measure_workload(bench)
     trained = _trained(bench)
     process = FederationProcess(
         world_settings(config, len(client_ids)),

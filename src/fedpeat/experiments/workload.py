@@ -31,7 +31,10 @@ from fedpeat.tuning.fidelity import adapter_gradient
 __all__ = ["measure_workload"]
 
 
-def measure_workload(bench: Bench, *, scale: float = 1.0) -> WorkloadProfile:
+_GROWS_WITH_WIDTH = ("lora", "ia3", "prompt")  # and not with the square of it, as weights do
+
+
+def measure_workload(bench: Bench) -> WorkloadProfile:
     """Return what each rung costs a device, and what the server's own work costs.
 
     A device makes one local step on each rung, built anew for this, and the server one alignment of
@@ -44,13 +47,14 @@ def measure_workload(bench: Bench, *, scale: float = 1.0) -> WorkloadProfile:
     the parts that rounds tune in turn. A device of ``federated.client_ranks`` needs less than is
     said here.
 
+    All is multiplied by ``world.workload_scale``, but for messages with an adapter, for which there
+    is ``world.adapter_scale``.
+
     Args:
         bench: The bench of a run that has devices.
-        scale: What bytes, operations and memory are multiplied by, so that a small model can stand
-            in for a large one.
 
     Raises:
-        WorldError: If there are no devices, or the scale is negative.
+        WorldError: If there are no devices.
     """
     if not bench.packages:
         raise WorldError("a workload is measured on the emulators of devices, and there are none")
@@ -60,7 +64,11 @@ def measure_workload(bench: Bench, *, scale: float = 1.0) -> WorkloadProfile:
         loads = [_load_of(own, name, rung) for name, rung in own.rungs().items()]
         realign_flops, refresh_bytes = _alignment(bench)
         profile = WorkloadProfile(loads, _server_step_flops(bench), realign_flops, refresh_bytes)
-    return _scaled(profile, scale)
+    world = bench.config.world
+    adapter_scale = world.workload_scale
+    if world.adapter_scale is not None and bench.config.adapter.method in _GROWS_WITH_WIDTH:
+        adapter_scale = world.adapter_scale
+    return _scaled(profile, world.workload_scale, adapter_scale)
 
 
 @dataclass(frozen=True)
@@ -209,13 +217,13 @@ def _storages(tensors: Sequence[Tensor]) -> dict[int, torch.UntypedStorage]:
     return {storage.data_ptr(): storage for storage in storages}
 
 
-def _scaled(profile: WorkloadProfile, scale: float) -> WorkloadProfile:
+def _scaled(profile: WorkloadProfile, scale: float, adapter_scale: float) -> WorkloadProfile:
     rungs = [
         RungLoad(
             rung.name,
             {sha256: round(scale * size) for sha256, size in rung.parts.items()},
-            adapter_down_bytes=round(scale * rung.adapter_down_bytes),
-            adapter_up_bytes=round(scale * rung.adapter_up_bytes),
+            adapter_down_bytes=round(adapter_scale * rung.adapter_down_bytes),
+            adapter_up_bytes=round(adapter_scale * rung.adapter_up_bytes),
             step_flops=scale * rung.step_flops,
             memory_bytes=scale * rung.memory_bytes,
         )

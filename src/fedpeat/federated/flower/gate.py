@@ -5,22 +5,30 @@ loopback only. This process stands before it and passes on the calls of SuperNod
 SuperLink authenticates, and nothing else. Parts of emulators are served from files, to those who
 have a token for them; a token is handed out in an authenticated message.
 
+A SuperNode that is told that there is no message for it looks again 3 s later. So the gate keeps
+it waiting instead, and asks the SuperLink again when the server has sent messages, which it says by
+touching a file, the bell.
+
     python -m fedpeat.federated.flower.gate SETTINGS.json
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import re
+import socket
 import ssl
 import sys
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -32,10 +40,13 @@ from starlette.routing import Route
 __all__ = ["PARTS_PATH", "GateSettings", "gate", "gate_server", "token_for"]
 
 PARTS_PATH = "/v1/parts"
+_PULL = "/v1/fleet/pull-messages"
 _FLEET_CALL = re.compile(r"/v1/fleet/[a-z-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BODY_BYTES = 16 * 2**20  # SuperNodes send chunks of 5 MiB
 _MAX_CONNECTIONS = 512
+_HOLD_SECONDS = 10.0  # a SuperNode gives up an answer after 30 s
+_LOOK_SECONDS = 0.05
 _NOT_PASSED_ON = {"host", "connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -52,6 +63,7 @@ class GateSettings:
         key: Private key of the server.
         parts: Folder with parts of emulators, each called by its hash.
         secret: File with the secret that tokens are made with.
+        bell: File that is touched whenever messages were sent.
     """
 
     host: str
@@ -62,6 +74,35 @@ class GateSettings:
     key: str
     parts: str
     secret: str
+    bell: str
+
+
+class _Bell:
+    """Wakes those who wait, whenever a file is touched."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.next = asyncio.Event()
+        self.is_over = False
+
+    async def watch(self) -> None:
+        """Look at the file for ever."""
+        last = self._moment()
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if (moment := self._moment()) != last:
+                last, rung, self.next = moment, self.next, asyncio.Event()
+                rung.set()
+
+    def end(self) -> None:
+        """Wake all, for the last time."""
+        self.is_over = True
+        self.next.set()
+
+    def _moment(self) -> int:
+        with suppress(OSError):
+            return self._path.stat().st_mtime_ns
+        return 0
 
 
 def token_for(secret: bytes, sha256: str, expiry: int) -> str:
@@ -82,8 +123,12 @@ def gate(settings: GateSettings) -> Starlette:
         async with httpx.AsyncClient(
             base_url=f"https://{settings.superlink}", verify=upstream, timeout=time_out
         ) as client:
-            app.state.client = client
-            yield
+            app.state.client, app.state.bell = client, _Bell(Path(settings.bell))
+            watching = asyncio.create_task(app.state.bell.watch())
+            try:
+                yield
+            finally:
+                watching.cancel()
 
     async def fleet(request: Request) -> Response:
         path = request.scope["raw_path"].decode("latin-1")
@@ -92,6 +137,8 @@ def gate(settings: GateSettings) -> Starlette:
         body = await _body(request)
         if body is None:
             return _refused(413)
+        if path == _PULL:
+            return await _held(request, body)
         return await _passed_on(request, path, body)
 
     async def health(request: Request) -> Response:
@@ -138,14 +185,61 @@ async def _body(request: Request) -> bytes | None:
     return b"".join(chunks)
 
 
-async def _passed_on(request: Request, path: str, body: bytes) -> Response:
-    """Return what the SuperLink answers; 503 while it is away, so that nodes try again."""
+async def _held(request: Request, body: bytes) -> Response:
+    """Return what the SuperLink answers to who asks for messages, in a while if there are none.
+
+    The signature of the question stands for 5 minutes. Who has gone is not asked for again: a
+    message is handed out once.
+    """
+    bell: _Bell = request.app.state.bell
+    end = time.monotonic() + _HOLD_SECONDS
+    gone = asyncio.ensure_future(request.receive())
+    found: Response | None = None
+    try:
+        while True:
+            ring = bell.next  # taken before the question, so that none in between is missed
+            try:
+                answer = await _asked(request, _PULL, body)
+                async with aclosing(answer):
+                    content = b"".join([chunk async for chunk in answer.aiter_raw()])
+            except httpx.TransportError:
+                return found or _refused(503)
+            is_message = answer.status_code == httpx.codes.OK and content
+            if found is None or is_message:
+                found = Response(content, answer.status_code, _kept(answer))
+            if is_message or answer.status_code != httpx.codes.OK:
+                return found
+            if bell.is_over or not await _rings(ring, gone, end - time.monotonic()):
+                return found
+    finally:
+        gone.cancel()
+
+
+async def _rings(ring: asyncio.Event, gone: asyncio.Future[Any], seconds: float) -> bool:
+    """Say whether the bell rings before so many seconds are over and before who waits has gone."""
+    rung = asyncio.ensure_future(ring.wait())
+    await asyncio.wait((rung, gone), timeout=max(0.0, seconds), return_when=FIRST_COMPLETED)
+    rung.cancel()
+    return seconds > 0 and ring.is_set() and not gone.done()
+
+
+async def _asked(request: Request, path: str, body: bytes) -> httpx.Response:
+    """Return the answer of the SuperLink, whose content is still to be read."""
     client: httpx.AsyncClient = request.app.state.client
     headers = [(k, v) for k, v in request.headers.items() if k not in _NOT_PASSED_ON]
+    question = client.build_request(request.method, path, headers=headers, content=body)
+    return await client.send(question, stream=True)
+
+
+def _kept(answer: httpx.Response) -> dict[str, str]:
+    """Return the headers of an answer that are passed on."""
+    return {k: v for k, v in answer.headers.items() if k not in _NOT_PASSED_ON - {"content-length"}}
+
+
+async def _passed_on(request: Request, path: str, body: bytes) -> Response:
+    """Return what the SuperLink answers; 503 while it is away, so that nodes try again."""
     try:
-        answer = await client.send(
-            client.build_request(request.method, path, headers=headers, content=body), stream=True
-        )
+        answer = await _asked(request, path, body)
     except httpx.TransportError:
         return _refused(503)
 
@@ -156,12 +250,19 @@ async def _passed_on(request: Request, path: str, body: bytes) -> Response:
         finally:
             await answer.aclose()
 
-    kept = {k: v for k, v in answer.headers.items() if k not in _NOT_PASSED_ON - {"content-length"}}
-    return StreamingResponse(content(), answer.status_code, kept)
+    return StreamingResponse(content(), answer.status_code, _kept(answer))
 
 
 def _refused(status: int) -> Response:
     return PlainTextResponse("", status)
+
+
+class _Server(uvicorn.Server):
+    """A server that lets nobody wait once it is to end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.bell.end()  # type: ignore[union-attr] # it is our own
+        await super().shutdown(sockets)
 
 
 def gate_server(settings: GateSettings) -> uvicorn.Server:
@@ -181,7 +282,7 @@ def gate_server(settings: GateSettings) -> uvicorn.Server:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def main() -> None:
