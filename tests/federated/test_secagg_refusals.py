@@ -455,6 +455,8 @@ BAD_ANSWERS: list[tuple[str, Change, str]] = [
     ("train", saying(session="old"), "session must be"),
     ("train", saying(server_round=3), "server_round must be 1, got 3"),
     ("train", saying(seconds=float(3)), "seconds must be text"),
+    *((kind, saying(more="x" * 2**21), "must have at most") for kind in STEPS[:2]),
+    ("train", saying(more="x" * 2**21), "must have at most"),
 ]
 
 

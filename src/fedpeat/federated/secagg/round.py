@@ -21,7 +21,7 @@ from fedpeat.core.seeds import generator
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.federated.admission import Outcome, answered, refused, with_seconds
 from fedpeat.federated.exchange import Exchange
-from fedpeat.federated.screening import shown
+from fedpeat.federated.screening import MAX_ANSWER_BYTES, shown
 from fedpeat.federated.secagg import crypto
 from fedpeat.federated.secagg.device import RoundKeys, binary, read_keys, survivors_text
 from fedpeat.federated.secagg.graph import enough_neighbours, neighbourhoods, threshold
@@ -33,6 +33,7 @@ __all__ = ["SecureAggregation", "SecureRound"]
 
 _SEALED_BYTES = 12 + 2 * crypto.SEED_BYTES + 16  # nonce, two shares, tag
 _RUN_BYTES = 16
+_NAMED_BYTES = 1024  # what a device says of a neighbour: its name, sealed bytes in hexadecimal
 
 T = TypeVar("T")
 
@@ -216,7 +217,7 @@ class SecureRound:
             np.add(total, ring.unpacked(packed), out=total)
             return Outcome(ParticipantResult(name, "device", "accepted", seconds=seconds))
 
-        arrived = self._read(self._sealed, answers, added)
+        arrived = self._read(self._sealed, answers, added, num_values * ring.num_bytes)
         outcomes = {**self.refused, **arrived}
         near = [(sum(o in arrived for o in self._near[name]), name) for name in arrived]
         enough = self._enough(len(arrived), "sent updates") and all(
@@ -333,8 +334,10 @@ class SecureRound:
         names: Iterable[str],
         replies: Mapping[str, Reply | None],
         read: Callable[[str, Payload], T],
+        num_tensor_bytes: int = 0,
     ) -> dict[str, T]:
         """Return what is read in replies, in the order of names; note who fails, and why."""
+        longest = MAX_ANSWER_BYTES + num_tensor_bytes + _NAMED_BYTES * len(self._keys)
         found: dict[str, T] = {}
         for name in sorted(names):
             content = answered(name, replies.get(name))
@@ -342,7 +345,7 @@ class SecureRound:
                 self.refused[name] = content
                 continue
             try:
-                payload = decode(content)
+                payload = decode(content, longest)
                 _check_entries(payload, {"session": self._terms.session})
                 found[name] = read(name, payload)
             except WireError as error:
