@@ -52,7 +52,7 @@ class FakeSuperLink:
             body, path = await request.body(), request.scope["raw_path"].decode()
             self.seen.append((request.method, path, dict(request.headers), body))
             if refused := self.before_answer():
-                return Response(b"", refused)
+                return Response(b"refused", refused)
             if self.mailbox is not None:
                 return Response(self.mailbox.pop(0) if self.mailbox else b"")
             return Response(b"answer to " + body, 418, {"x-flower": "yes"})
