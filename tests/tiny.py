@@ -66,6 +66,7 @@ def tiny_package(
     *,
     recipe: str = "layer_drop:0.25",
     parent_sha256: str = "0" * 64,
+    dtype: torch.dtype = torch.float32,
 ) -> EmulatorPackage:
     """Return an emulator of a tiny model of six blocks."""
     model = tiny_model(kind)
@@ -76,7 +77,7 @@ def tiny_package(
         blocks,
         kept,
         recipe=recipe,
-        dtype=torch.float32,
+        dtype=dtype,
         parent_sha256=parent_sha256,
     )
 

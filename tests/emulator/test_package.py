@@ -18,7 +18,7 @@ from fedpeat.emulator.package import EmulatorPackage, pack_emulator
 from fedpeat.model.blocks import find_blocks
 from fedpeat.model.cut import build_from_blocks
 from fedpeat.model.loading import load_model
-from tiny import CONFIGS, random_ids, tiny_model
+from tiny import CONFIGS, random_ids, tiny_model, tiny_package
 
 CPU = torch.device("cpu")
 
@@ -26,17 +26,7 @@ CPU = torch.device("cpu")
 def packed(
     kind: str = "llama", kept: tuple[int, ...] = (0, 2, 5), dtype: torch.dtype = torch.float32
 ) -> EmulatorPackage:
-    model = tiny_model(kind)
-    blocks = find_blocks(model)
-    return pack_emulator(
-        build_from_blocks(model, blocks, kept),
-        model,
-        blocks,
-        kept,
-        recipe="layer_drop:0.5",
-        dtype=dtype,
-        parent_sha256="0" * 64,
-    )
+    return tiny_package(kept, kind, recipe="layer_drop:0.5", dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

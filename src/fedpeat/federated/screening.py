@@ -17,6 +17,7 @@ from fedpeat.federated.aggregation import update_norm
 __all__ = [
     "MAX_ANSWER_BYTES",
     "Limits",
+    "check_entries",
     "check_held",
     "check_num_examples",
     "longest_update",
@@ -64,10 +65,7 @@ def screen(
     Raises:
         WireError: If anything is wrong; the text says what.
     """
-    for key, value in expected.items():
-        got = payload.record.get(key)
-        if type(got) is not type(value) or got != value:  # True is 1, and 1.0 too
-            raise WireError(f"{key} must be {value!r}, got {shown(got)}")
+    check_entries(payload.record, expected)
     check_num_examples(payload.record.get("num_examples"), limits.max_examples)
     _check_num_tokens(payload.record.get("num_tokens"))
     for key in ("first_loss", "last_loss", "mean_loss", "seconds"):
@@ -103,6 +101,18 @@ def check_held(key: str, value: object) -> list[str]:
     if len(value) > _MAX_HELD:
         raise WireError(f"{key} must have at most {_MAX_HELD} hashes, got {len(value)}")
     return value
+
+
+def check_entries(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Check that entries of a stranger's record came back as they were sent.
+
+    Raises:
+        WireError: If one did not; the text says which.
+    """
+    for key, value in expected.items():
+        got = record.get(key)
+        if type(got) is not type(value) or got != value:  # True is 1, and 1.0 too
+            raise WireError(f"{key} must be {value!r}, got {shown(got)}")
 
 
 def longest_update(current: Mapping[str, np.ndarray]) -> int:

@@ -21,7 +21,7 @@ from fedpeat.core.seeds import generator
 from fedpeat.core.wire import Payload, decode, digest, encode
 from fedpeat.federated.admission import Outcome, answered, refused, with_seconds
 from fedpeat.federated.exchange import Exchange
-from fedpeat.federated.screening import MAX_ANSWER_BYTES, shown
+from fedpeat.federated.screening import MAX_ANSWER_BYTES, check_entries, shown
 from fedpeat.federated.secagg import crypto
 from fedpeat.federated.secagg.device import RoundKeys, binary, read_keys, survivors_text
 from fedpeat.federated.secagg.graph import enough_neighbours, neighbourhoods, threshold
@@ -211,7 +211,7 @@ class SecureRound:
 
         def added(name: str, payload: Payload) -> Outcome:
             """Add a vector to the sum, and keep nothing of it."""
-            _check_entries(payload, expected[name])
+            check_entries(payload.record, expected[name])
             seconds = float(with_seconds(payload).record["seconds"])
             packed = _packed_vector(payload, num_values * ring.num_bytes)
             np.add(total, ring.unpacked(packed), out=total)
@@ -346,17 +346,11 @@ class SecureRound:
                 continue
             try:
                 payload = decode(content, longest)
-                _check_entries(payload, {"session": self._terms.session})
+                check_entries(payload.record, {"session": self._terms.session})
                 found[name] = read(name, payload)
             except WireError as error:
                 self.refused[name] = refused(name, "rejected", str(error))
         return found
-
-
-def _check_entries(payload: Payload, expected: Mapping[str, Any]) -> None:
-    for key, value in expected.items():
-        if payload.record.get(key) != value:
-            raise WireError(f"{key} must be {value!r}, got {shown(payload.record.get(key))}")
 
 
 def _packed_vector(payload: Payload, num_bytes: int) -> np.ndarray:
