@@ -227,6 +227,7 @@ class FakeFlower:
         self.fleet = fleet
         self.clock = FakeClock()
         self.submitted: list[float] = []
+        self.stopped: list[str] = []
         self.status = "running"
         self.failures: list[str] = []
         self.then: Callable[[], object] = lambda: None
@@ -237,7 +238,10 @@ class FakeFlower:
         if arguments[0] == "run":
             self.submitted.append(self.clock.monotonic())
             self.then()
-            return {"run-id": "1"}
+            return {"run-id": str(len(self.submitted))}
+        if arguments[0] == "stop":
+            self.stopped.append(arguments[1])
+            raise FleetError("flwr stop failed: it is finished")
         return {"runs": [{"status": self.status}]}
 
     def end(self, exit_code: int = 0, error: str = "") -> None:
@@ -284,6 +288,17 @@ def test_a_run_whose_process_died_before_it_said_a_word_is_submitted_again(
     see_through(flower, tmp_path / "run")
     assert len(flower.submitted) == 2
     assert flower.submitted[1] - flower.submitted[0] < 30  # not two minutes
+    assert flower.stopped == ["1"]
+
+
+def test_a_run_of_a_server_that_was_killed_is_stopped_before_it_is_submitted_again(
+    flower: FakeFlower, tmp_path: Path
+) -> None:
+    flower.fleet.submitted.write_text(json.dumps({"run_id": "77"}))
+    flower.then = flower.end
+    see_through(flower, tmp_path / "run")
+    assert flower.stopped == ["77"]
+    assert json.loads(flower.fleet.submitted.read_text()) == {"run_id": "1"}
 
 
 def test_a_run_that_takes_long_to_come_up_is_given_two_minutes(
@@ -370,7 +385,7 @@ class Coming(FakeTransport):
 
 def test_a_run_waits_for_all_its_devices_once_and_then_for_those_that_a_round_needs() -> None:
     devices = Coming({name: FakeDevice() for name in ("stranger", "a", "b", "c")})
-    waiting = fleet.Patient(devices, "abc", first=2, least=1, say=lambda _: None, ring=lambda: None)
+    waiting = fleet.Patient(devices, "abc", first=2, least=1, say=lambda _: None)
     assert waiting.nodes() == ["a", "b"]
     devices.num_asked = 0
     assert waiting.nodes() == ["a"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Collection, Iterable
 
 import pytest
@@ -18,8 +20,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fakes import FakeClock
 from fedpeat.core.errors import WireError
-from fedpeat.core.records import Transport
+from fedpeat.core.records import Reply, Transport
+from fedpeat.federated.flower import puller
+from fedpeat.federated.flower import transport as flower_transport
 from fedpeat.federated.flower.messages import from_records, to_records
 from fedpeat.federated.flower.transport import FlowerTransport
 
@@ -33,13 +38,17 @@ class FakeGrid(Grid):
 
     def __init__(self, refuses: Collection[int] = ()) -> None:
         self.refuses = refuses
+        self.online = {"ann": 11, "bob": 22, "": 33}
+        self.activated = dict.fromkeys(self.online, "first")
         self.pushed: dict[str, Message] = {}
-        self.answers: list[Message] = []
-        self.asked_for: list[list[str]] = []
+        self.answers: dict[str, list[Message]] = {}
+        self.asked_for: list[str] = []
 
     def get_nodes(self) -> list[NodeInfo]:
-        named = {"ann": 11, "bob": 22, "": 33}
-        return [NodeInfo(name=name, node_id=node_id) for name, node_id in named.items()]
+        return [
+            NodeInfo(name=name, node_id=node_id, last_activated_at=self.activated[name])
+            for name, node_id in self.online.items()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return [self._push(message) for message in messages]  # type: ignore[misc]  # as Flower
@@ -48,22 +57,21 @@ class FakeGrid(Grid):
         node_id = message.metadata.dst_node_id
         if node_id in self.refuses:
             return None
-        message.metadata.__dict__["_message_id"] = f"id-{node_id}"  # which the SuperLink gives
-        self.pushed[f"id-{node_id}"] = message
-        return f"id-{node_id}"
+        again = sum(m.metadata.dst_node_id == node_id for m in self.pushed.values())
+        message_id = f"id-{node_id}" + "-again" * again
+        message.metadata.__dict__["_message_id"] = message_id  # which the SuperLink gives
+        self.pushed[message_id] = message
+        return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        self.asked_for.append(list(message_ids))
-        answers, self.answers = self.answers, []
-        return answers
+        (message_id,) = message_ids  # one at a time: one that is stuck holds up no other
+        self.asked_for.append(message_id)
+        return self.answers.pop(message_id, [])
 
-    def answer(self, ticket: str, content: RecordDict | Error) -> None:
+    def answer(self, message_id: str, content: RecordDict | Error) -> None:
         """Let an answer to a message come."""
-        question = self.pushed[ticket]
-        if isinstance(content, Error):
-            self.answers.append(Message(content, reply_to=question))
-        else:
-            self.answers.append(Message(content, reply_to=question))
+        answer = Message(content, reply_to=self.pushed[message_id])
+        self.answers.setdefault(message_id, []).append(answer)
 
     def sent(self) -> dict[int, Message]:
         """Return the messages by the node that they are for."""
@@ -108,10 +116,10 @@ def test_nodes_are_those_that_have_a_name() -> None:
 def test_each_device_is_sent_its_own_message_until_the_deadline() -> None:
     grid = FakeGrid()
     tickets = transport(grid).submit("train", {"bob": b"for bob", "ann": b"for ann"}, 90.0)
-    assert tickets == {"id-22": "bob", "id-11": "ann"}
+    assert list(tickets.values()) == ["bob", "ann"]
     contents = {node_id: from_records(m.content) for node_id, m in grid.sent().items()}
     assert contents == {11: ("train", b"for ann"), 22: ("train", b"for bob")}
-    assert {m.metadata.ttl for m in grid.sent().values()} == {90.0}
+    assert {round(m.metadata.ttl, 1) for m in grid.sent().values()} == {90.0}
     assert {m.metadata.message_type for m in grid.sent().values()} == {"train"}
 
 
@@ -122,19 +130,21 @@ def test_other_kinds_of_messages_are_queries_that_say_their_kind() -> None:
     assert from_records(grid.sent()[11].content) == ("hold", b"x")
 
 
-def test_answers_are_told_apart_by_their_tickets_whoever_sends_them() -> None:
+def test_answers_are_told_apart_by_their_messages_whoever_sends_them() -> None:
     grid = FakeGrid()
     reaching = transport(grid)
     tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 1.0)
     grid.answer("id-22", to_records("train", b"of bob"))
-    grid.answer("id-11", Error(5, "no heartbeat"))
-    grid.answers[-1].metadata.__dict__["_src_node_id"] = 1  # it comes from the SuperLink
-    replies = dict(reaching.poll(tickets))
-    assert (replies["id-22"].node, replies["id-22"].content) == ("bob", b"of bob")
-    lost = replies["id-11"]
-    assert (lost.node, lost.content, lost.error, lost.lost) == ("ann", None, "no heartbeat", True)
-    assert reaching.poll({"id-11": "ann"}) == []
-    assert grid.asked_for[-1] == ["id-11"]
+    grid.answer("id-11", Error(2, "no memory"))
+    grid.answers["id-11"][0].metadata.__dict__["_src_node_id"] = 1  # it comes from the SuperLink
+    replies = {tickets[ticket]: reply for ticket, reply in reaching.poll(tickets)}
+    assert replies == {
+        "ann": Reply("ann", error="no memory", lost=True),
+        "bob": Reply("bob", b"of bob"),
+    }
+    grid.asked_for.clear()
+    assert reaching.poll(tickets) == []
+    assert grid.asked_for == []  # both are known
 
 
 def test_who_is_not_there_any_more_or_is_refused_is_lost_at_once() -> None:
@@ -145,7 +155,186 @@ def test_who_is_not_there_any_more_or_is_refused_is_lost_at_once() -> None:
     replies = [reply for _, reply in reaching.poll(tickets)]
     assert {reply.node for reply in replies} == {"bob", "gone"}
     assert all(reply.lost and reply.content is None for reply in replies)
-    assert grid.asked_for == [["id-11"]]
+    assert grid.asked_for == ["id-11"]
+
+
+def test_devices_are_told_that_there_is_something_for_them() -> None:
+    grid = FakeGrid()
+    rung: list[int] = []
+    reaching = FlowerTransport(grid, lambda: rung.append(len(grid.pushed)))
+    reaching.submit("train", {"ann": b"", "bob": b""}, 1.0)
+    assert rung == [2]
+    reaching.submit("train", {"gone": b""}, 1.0)
+    assert rung == [2]
+
+
+# --- devices that are started again -------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(flower_transport, "time", clock)
+    return clock
+
+
+def come_again(grid: FakeGrid, name: str) -> None:
+    grid.activated[name] = f"{grid.activated[name]}, again"
+
+
+def test_a_task_is_sent_again_to_a_device_that_was_started_again(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    rung: list[int] = []
+    reaching = FlowerTransport(grid, lambda: rung.append(len(grid.pushed)))
+    tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
+    clock.sleep(5)
+    come_again(grid, "ann")
+    assert reaching.poll(tickets) == []
+    assert list(grid.pushed) == ["id-11", "id-22", "id-11-again"]
+    assert from_records(grid.pushed["id-11-again"].content) == ("train", b"x")
+    assert grid.pushed["id-11-again"].metadata.ttl == 55.0
+    assert rung == [2, 3]
+    clock.sleep(5)
+    assert reaching.poll(tickets) == []
+    assert len(grid.pushed) == 3  # once for each time that it came
+    grid.answer("id-11-again", to_records("train", b"done"))
+    assert [reply for _, reply in reaching.poll(tickets)] == [Reply("ann", b"done")]
+
+
+def test_whichever_answer_comes_first_counts_and_counts_once(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    clock.sleep(5)
+    come_again(grid, "ann")
+    reaching.poll(tickets)
+    grid.answer("id-11", to_records("train", b"of the first"))
+    grid.answer("id-11-again", to_records("train", b"of the second"))
+    assert [reply for _, reply in reaching.poll(tickets)] == [Reply("ann", b"of the first")]
+    assert reaching.poll(tickets) == []
+
+
+def test_an_error_of_a_message_that_was_sent_again_since_is_none(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    clock.sleep(5)
+    come_again(grid, "ann")
+    reaching.poll(tickets)
+    grid.answer("id-11", Error(3, "never whole"))
+    assert reaching.poll(tickets) == []
+    grid.answer("id-11-again", Error(3, "never whole either"))
+    ((_, reply),) = reaching.poll(tickets)
+    assert reply == Reply("ann", error="never whole either", lost=True)
+
+
+def test_a_device_that_goes_is_waited_for_a_little(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
+    for name in ("ann", "bob"):
+        grid.answer(f"id-{grid.online.pop(name)}", Error(5, "unavailable"))
+    assert reaching.poll(tickets) == []
+    clock.sleep(10)
+    grid.online["ann"] = 11  # its heartbeat had failed for a while
+    assert reaching.poll(tickets) == []
+    assert list(grid.pushed) == ["id-11", "id-22", "id-11-again"]
+    clock.sleep(15)
+    grid.answer("id-11-again", to_records("train", b"done"))
+    replies = sorted((reply for _, reply in reaching.poll(tickets)), key=lambda r: r.node)
+    assert replies == [Reply("ann", b"done"), Reply("bob", error="unavailable", lost=True)]
+
+
+def test_nothing_is_sent_again_when_the_time_is_over(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    clock.sleep(59.5)
+    come_again(grid, "ann")
+    assert reaching.poll(tickets) == []
+    assert list(grid.pushed) == ["id-11"]
+
+
+# --- replies that never come whole --------------------------------------------------------------
+
+
+class Stuck(FakeGrid):
+    """A SuperLink at which replies of the device ann begin, and do not end until they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = threading.Event()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        asked = list(message_ids)
+        if asked[0].startswith("id-11"):
+            self.may_end.wait()
+        return super().pull_messages(asked)
+
+
+def poll_until(reaching: FlowerTransport, tickets: dict[str, str], node: str) -> Reply:
+    for _ in range(20):
+        for _, reply in reaching.poll(tickets):
+            if reply.node == node:
+                return reply
+    raise AssertionError(f"no reply of {node}")
+
+
+def test_a_reply_that_does_not_come_whole_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(puller, "_STUCK_SECONDS", 0.05)
+    grid = Stuck()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
+    start = time.monotonic()
+    assert reaching.poll(tickets) == []
+    assert time.monotonic() - start < 2
+    grid.answer("id-22", to_records("train", b"of bob"))
+    assert poll_until(reaching, tickets, "bob").content == b"of bob"
+    grid.answer("id-11", to_records("train", b"of ann"))
+    grid.may_end.set()
+    assert poll_until(reaching, tickets, "ann").content == b"of ann"
+
+
+def test_a_device_that_ends_none_of_its_replies_is_not_asked_for_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(puller, "_STUCK_SECONDS", 0.05)
+    grid = Stuck()
+    reaching = transport(grid)
+    for _ in range(3):
+        tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
+        for _ in range(4):
+            assert reaching.poll(tickets) == []
+    before = len(grid.pushed)
+    tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
+    assert len(grid.pushed) == before + 1  # bob's
+    ((_, reply),) = reaching.poll(tickets)
+    assert reply == Reply("ann", error="has begun 3 replies and ended none", lost=True)
+    grid.may_end.set()
+
+
+def test_a_superlink_that_fails_is_told_to_who_asks_and_to_nobody_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(puller, "_STUCK_SECONDS", 0.05)
+
+    class Failing(Stuck):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            super().pull_messages(message_ids)
+            raise ConnectionError("no SuperLink")
+
+    grid = Failing()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    assert reaching.poll(tickets) == []
+    later = reaching.submit("train", {"gone": b"x"}, 60.0)
+    grid.may_end.set()
+    assert [reply.node for _, reply in reaching.poll(later)] == ["gone"]
+    tickets = reaching.submit("train", {"bob": b"x"}, 60.0)
+    with pytest.raises(ConnectionError, match="no SuperLink"):
+        poll_until(reaching, tickets, "bob")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -109,6 +110,42 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
     first, *others = rounds_of(tmp_path / "fleet" / "tiny")[1:]
     assert all(p["bytes_emulator"] > 0 for p in first["participants"] if p["role"] == "device")
     assert all(p["bytes_emulator"] == 0 for line in others for p in line["participants"])
+
+
+def test_a_task_that_comes_twice_is_done_once(
+    model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
+) -> None:
+    config = config_of(model_dir, corpus_file, tmp_path / "runs", federated={"num_rounds": 1})
+    messages: list[tuple[str, str, bytes]] = []
+    with mock.patch.object(InProcessTransport, "submit", noting(messages)):
+        _, sites = on_devices(config, door, tmp_path)
+    name, task = next((name, content) for kind, name, content in messages if kind == "train")
+    (hold,) = (c for kind, n, c in messages if (kind, n) == ("hold", name))
+    site = sites[name]
+    said = len(site.said)
+    first = site.device.handle("train", task)
+    assert site.device.handle("train", task) is first
+    assert site.said[said:] == []
+    other = Payload(decode(task).arrays, {**decode(task).record, "server_round": 2})
+    site.device.handle("train", encode(other))
+    site.device.handle("train", task)
+    assert site.said[said:] == ["round 2: tuning", "round 1: tuning"]
+    site.device.handle("hold", hold)  # the answer tells what is held
+    site.device.handle("train", task)
+    assert site.said[-1] == "round 1: tuning"
+
+
+def noting(messages: list[tuple[str, str, bytes]]) -> Callable[..., dict[str, str]]:
+    """Return a way to send tasks that notes them, too: kind, node and content."""
+    submit = InProcessTransport.submit
+
+    def noted(
+        self: InProcessTransport, kind: str, tasks: Mapping[str, bytes], seconds: float | None
+    ) -> dict[str, str]:
+        messages.extend((kind, node, content) for node, content in tasks.items())
+        return submit(self, kind, tasks, seconds)
+
+    return noted
 
 
 def test_a_device_that_can_hold_no_rung_is_told_so_and_the_others_go_on(

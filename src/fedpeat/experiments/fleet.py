@@ -24,8 +24,11 @@ __all__ = ["Patient", "least_devices", "run_on"]
 _CRASHED = 1
 _MOST_NAMED = 8
 
+Reach = Callable[[Callable[[], object]], Transport]
+"""Returns how devices are reached, given what to call whenever messages were sent to them."""
 
-def run_on(transport: Transport) -> None:
+
+def run_on(reach: Reach) -> None:
     """Run, or go on with, what the folder of the fleet says; leave word of how it ended there."""
     fleet = FleetFolder(Path(os.environ[FLEET_VARIABLE]))
     config = load_config(fleet.config)
@@ -34,7 +37,7 @@ def run_on(transport: Transport) -> None:
     wanted = len(names) if config.fleet.wait_for is None else config.fleet.wait_for
     depot = Depot(fleet.parts, fleet.parts_secret)
     news = NewsWriter(fleet.news)
-    waiting = Patient(transport, names, wanted, least_devices(config), news.message, fleet.ring)
+    waiting = Patient(reach(fleet.ring), names, wanted, least_devices(config), news.message)
     outcome = {"exit_code": 0, "error": ""}
     try:
         reached = Fleet(waiting, depot.offer, names, fleet.ca.read_bytes())
@@ -61,7 +64,6 @@ class Patient:
         first: How many must be there before the first round.
         least: How many before any other.
         say: Is told who is there while others are waited for.
-        ring: Is called when tasks were sent, so that devices look for them.
     """
 
     def __init__(
@@ -71,11 +73,9 @@ class Patient:
         first: int,
         least: int,
         say: Callable[[str], object],
-        ring: Callable[[], object],
     ) -> None:
         self._inner = inner
         self._say = say
-        self._ring = ring
         self._names = frozenset(names)
         self._wanted, self._least = first, least
         self.interval_seconds = inner.interval_seconds
@@ -99,9 +99,7 @@ class Patient:
         self, kind: str, tasks: Mapping[str, bytes], deadline_seconds: float | None
     ) -> dict[str, str]:
         """Send tasks."""
-        tickets = self._inner.submit(kind, tasks, deadline_seconds)
-        self._ring()
-        return tickets
+        return self._inner.submit(kind, tasks, deadline_seconds)
 
     def poll(self, tickets: Mapping[str, str]) -> list[tuple[str, Reply]]:
         """Return the replies that have come."""

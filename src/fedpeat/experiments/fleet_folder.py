@@ -10,6 +10,7 @@ runs/NAME-fleet/
   parts/           parts of emulators that devices may fetch
   app/, home/      what Flower is told to run, and its own files
   logs/            what each program says
+  submitted.json   what Flower calls the run that was handed to it last
   process.json     the process that runs the rounds
   bell             touched whenever messages were sent to devices
   news.txt         what it has to say meanwhile
@@ -107,6 +108,10 @@ class FleetFolder:
     @property
     def registered(self) -> Path:
         return self.path / "registered.json"
+
+    @property
+    def submitted(self) -> Path:
+        return self.path / "submitted.json"
 
     @property
     def process(self) -> Path:

@@ -340,10 +340,23 @@ class _Submission:
             FleetError: If that cannot be; another try is due in a while.
         """
         self._run_id, self._again_at = None, time.monotonic() + _AGAIN_SECONDS
+        self._stop_last()
         answer = _flwr(self._fleet, ["run", str(self._fleet.app), _LINK])
         self._run_id = str(answer.get("run-id"))
+        write_atomically(self._fleet.submitted, json.dumps({"run_id": self._run_id}))
         self._asked_at = time.monotonic()
         self._again_at = self._asked_at + _SUBMIT_SECONDS
+
+    def _stop_last(self) -> None:
+        """Stop the run before, of which the SuperLink does not know for a minute that it is dead.
+
+        Devices would wait as long for the rest of a message that it was sending.
+        """
+        try:
+            run_id = json.loads(self._fleet.submitted.read_text())["run_id"]
+            _flwr(self._fleet, ["stop", str(run_id), _LINK])
+        except (FleetError, OSError, ValueError, KeyError):  # it has ended by itself
+            return
 
     def came_up(self) -> None:
         """Note that its process is there: if that goes away, the run is lost at once."""

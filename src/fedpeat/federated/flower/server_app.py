@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -13,12 +14,16 @@ from fedpeat.federated.flower.transport import FlowerTransport
 __all__ = ["server_app"]
 
 
-def server_app(main: Callable[[Transport], object]) -> ServerApp:
-    """Return the app that Flower runs on the server."""
+def server_app(main: Callable[[Callable[[Callable[[], object]], Transport]], object]) -> ServerApp:
+    """Return the app that Flower runs on the server.
+
+    Args:
+        main: Is given what returns the transport, once told what to call when messages were sent.
+    """
     app = ServerApp()
 
     @app.main()
     def run(grid: Grid, _: Context) -> None:
-        main(FlowerTransport(grid))
+        main(partial(FlowerTransport, grid))
 
     return app
