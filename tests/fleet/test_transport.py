@@ -18,7 +18,6 @@ from flwr.app import (
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fakes import FakeClock
 from fedpeat.core.errors import WireError
@@ -94,11 +93,7 @@ class FakeGrid(Grid):
         raise AssertionError("it blocks until all have answered")
 
 
-@pytest.fixture(autouse=True)
-def _on_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be the process that Flower starts for a run."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("on_the_server")
 
 
 def transport(grid: FakeGrid) -> FlowerTransport:
@@ -255,6 +250,17 @@ def test_nothing_is_sent_again_when_the_time_is_over(clock: FakeClock) -> None:
     assert list(grid.pushed) == ["id-11"]
 
 
+def test_a_task_whose_time_is_over_is_forgotten_with_the_next(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    old = reaching.submit("train", {"ann": b"x"}, 60.0)
+    clock.sleep(61)
+    reaching.submit("train", {"bob": b"y"}, 60.0)
+    grid.asked_for.clear()
+    assert reaching.poll(old) == []
+    assert grid.asked_for == []
+
+
 # --- replies that never come whole --------------------------------------------------------------
 
 
@@ -298,7 +304,7 @@ def test_a_reply_that_does_not_come_whole_holds_up_no_other(
 
 
 def test_a_device_that_ends_none_of_its_replies_is_not_asked_for_more(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
     monkeypatch.setattr(puller, "_STUCK_SECONDS", 0.05)
     grid = Stuck()
@@ -307,6 +313,7 @@ def test_a_device_that_ends_none_of_its_replies_is_not_asked_for_more(
         tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
         for _ in range(4):
             assert reaching.poll(tickets) == []
+        clock.sleep(61)
     before = len(grid.pushed)
     tickets = reaching.submit("train", {"ann": b"x", "bob": b"y"}, 60.0)
     assert len(grid.pushed) == before + 1  # bob's
@@ -315,26 +322,15 @@ def test_a_device_that_ends_none_of_its_replies_is_not_asked_for_more(
     grid.may_end.set()
 
 
-def test_a_superlink_that_fails_is_told_to_who_asks_and_to_nobody_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(puller, "_STUCK_SECONDS", 0.05)
-
-    class Failing(Stuck):
-        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-            super().pull_messages(message_ids)
+def test_a_superlink_that_fails_is_told_to_who_asks() -> None:
+    class Failing(FakeGrid):
+        def pull_messages(self, _: Iterable[str]) -> list[Message]:
             raise ConnectionError("no SuperLink")
 
-    grid = Failing()
-    reaching = transport(grid)
+    reaching = transport(Failing())
     tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
-    assert reaching.poll(tickets) == []
-    later = reaching.submit("train", {"gone": b"x"}, 60.0)
-    grid.may_end.set()
-    assert [reply.node for _, reply in reaching.poll(later)] == ["gone"]
-    tickets = reaching.submit("train", {"bob": b"x"}, 60.0)
     with pytest.raises(ConnectionError, match="no SuperLink"):
-        poll_until(reaching, tickets, "bob")
+        reaching.poll(tickets)
 
 
 @pytest.mark.parametrize(
