@@ -1,10 +1,11 @@
 """Runs real fleets on the loopback in which things go wrong, and counts how they come through.
 
-    python benchmarks/fault_runs.py --seeds 0 50 --folder /tmp/fault-runs [--at-once 2]
+    python benchmarks/fault_runs.py --seeds 0 50 --folder /tmp/fault-runs [--at-once 2] [--masked]
 
 Each seed draws what is killed, hung, cut off or wrong, and when (``tests/faults/scenario.py``). A
 line of JSON per run goes into FOLDER/results.jsonl; seeds that it has already are passed over, so
-that a campaign can be interrupted. At the end the table of all of them is printed.
+that a campaign can be interrupted. At the end the table of all of them is printed. With --masked,
+updates go through secure aggregation, and devices fall out of its rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from faults.fleet import Materials, config_in
 from faults.runner import in_process, run_with_faults
-from faults.scenario import drawn
+from faults.scenario import NUM_MASKED, drawn, drawn_masked
 
 TOLERANCE_RATIO = 0.02
 
@@ -34,38 +36,41 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 50), metavar=("FIRST", "PAST"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=2, help="fleets side by side (2)")
+    parser.add_argument("--masked", action="store_true", help="with secure aggregation")
     parser.add_argument("--again", action="store_true", help="seeds that did not go well, too")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     materials = Materials(args.folder.absolute() / "materials")
     if args.one is not None:
-        _run_one(materials, args.folder.absolute(), args.one)
+        _run_one(materials, args.folder.absolute(), args.one, is_masked=args.masked)
         return
     if not (materials.folder / "reference").exists():
-        Materials.made_in(materials.folder)
-        in_process(config_in(materials, materials.folder), materials.folder / "reference")
+        Materials.made_in(materials.folder, NUM_MASKED if args.masked else 3)
+        config = config_in(materials, materials.folder, is_masked=args.masked)
+        in_process(config, materials.folder / "reference")
     known = _results(args.folder)
     seeds = [
         seed
         for seed in range(*args.seeds)
         if seed not in known or (args.again and not known[seed]["is_well"])
     ]
+    more = ["--masked"] if args.masked else []
     with ThreadPoolExecutor(args.at_once) as pool:
-        list(pool.map(lambda seed: _in_own_process(args.folder, seed), seeds))
+        list(pool.map(partial(_in_own_process, args.folder, more), seeds))
     _print_table(args.folder)
 
 
-def _in_own_process(folder: Path, seed: int) -> None:
-    command = [sys.executable, __file__, "--folder", str(folder), "--one", str(seed)]
+def _in_own_process(folder: Path, more: list[str], seed: int) -> None:
+    command = [sys.executable, __file__, "--folder", str(folder), "--one", str(seed), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"seed {seed}: {done.stderr[-2000:]}", flush=True)
 
 
-def _run_one(materials: Materials, folder: Path, seed: int) -> None:
+def _run_one(materials: Materials, folder: Path, seed: int, *, is_masked: bool) -> None:
     own = folder / f"seed-{seed:03d}"
     shutil.rmtree(own, ignore_errors=True)
-    outcome = run_with_faults(materials, own, drawn(seed))
+    outcome = run_with_faults(materials, own, drawn_masked(seed) if is_masked else drawn(seed))
     with (folder / "results.jsonl").open("a") as file:
         file.write(outcome.line() + "\n")
     if outcome.is_well:

@@ -47,12 +47,12 @@ class Materials:
     folder: Path
 
     @classmethod
-    def made_in(cls, folder: Path) -> Materials:
+    def made_in(cls, folder: Path, num_owners: int = 3) -> Materials:
         """Make them."""
         folder.mkdir(parents=True, exist_ok=True)
         own = cls(folder)
         save_tiny_llama(own.model)
-        write_corpus(own.corpus, num_owners=3)
+        write_corpus(own.corpus, num_owners=num_owners)
         write_shards(config_in(own, folder / "runs"), folder / "shards")
         return own
 
@@ -70,7 +70,12 @@ class Materials:
 
 
 def config_in(
-    materials: Materials, output_dir: Path, num_rounds: int = NUM_ROUNDS, **fleet: Any
+    materials: Materials,
+    output_dir: Path,
+    num_rounds: int = NUM_ROUNDS,
+    *,
+    is_masked: bool = False,
+    **fleet: Any,
 ) -> Config:
     """Return the settings of a run."""
     settings = tiny_settings(materials.model, materials.corpus, output_dir)
@@ -78,6 +83,7 @@ def config_in(
         "num_rounds": num_rounds,
         "round_deadline_seconds": DEADLINE_SECONDS,
         "min_clients": 2,  # the server and a device at least
+        "secure_aggregation": is_masked,
     }
     settings["num_threads"] = 1
     return config_from_dict({**settings, "fleet": fleet} if fleet else settings)
@@ -137,6 +143,7 @@ class Fleet:
         names: Devices that have a key.
         wait_for: How many the server waits for.
         num_rounds: Rounds of the run.
+        is_masked: Whether updates are masked.
     """
 
     def __init__(
@@ -146,9 +153,11 @@ class Fleet:
         names: list[str],
         wait_for: int,
         num_rounds: int = NUM_ROUNDS,
+        *,
+        is_masked: bool = False,
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self._materials = folder, materials
+        self.folder, self._materials, self._is_masked = folder, materials, is_masked
         make_keys(folder / "keys", ["localhost", "127.0.0.1"], names, 2)
         self.port = free_port()
         self.network = Network(self.port)
@@ -156,6 +165,7 @@ class Fleet:
             materials,
             folder / "runs",
             num_rounds,
+            is_masked=is_masked,
             keys=str(folder / "keys/server"),
             port=self.port,
             wait_for=wait_for,
@@ -176,6 +186,8 @@ class Fleet:
         arguments = ["join", "--server", f"localhost:{self.network.port}", "--keys", str(keys)]
         arguments += ["--data", str(self._materials.shard(name))]
         arguments += ["--folder", str(self.folder / name), "--num-threads", "1"]
+        if self._is_masked:
+            arguments.append("--federated.secure-aggregation")
         device = Command(name, arguments, self.folder / f"{name}.log")
         if oddity:
             told = str(self.folder / f"{name}.told")

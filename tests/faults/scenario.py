@@ -6,11 +6,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["DEVICE_ROLES", "ODDITIES", "PHASES", "SERVER_ROLES", "Event", "Scenario", "drawn"]
+__all__ = [
+    "DEVICE_ROLES",
+    "NUM_MASKED",
+    "ODDITIES",
+    "PHASES",
+    "SERVER_ROLES",
+    "Event",
+    "Scenario",
+    "drawn",
+    "drawn_masked",
+]
 
 SERVER_ROLES = ("itself", "all", "superlink", "gate", "superexec", "serverapp")
 DEVICE_ROLES = ("itself", "all", "supernode", "superexec", "clientapp")
 ODDITIES = ("nan", "shape", "missing", "stale", "examples", "late", "full_disk", "joins_late")
+NUM_MASKED = 5
+"""Devices of a run with secure aggregation, of which two may be lost."""
 PHASES = ("start", "run", "welcome", "round 1", "round 2")
 _DELAY_SECONDS = {"start": 12.0, "run": 15.0, "welcome": 15.0, "round 1": 8.0, "round 2": 4.0}
 
@@ -46,12 +58,14 @@ class Scenario:
         events: What happens.
         oddities: What is wrong with devices from the start, by name.
         names: All devices that have a key.
+        is_masked: Whether updates are masked, by secure aggregation.
     """
 
     seed: int
     events: tuple[Event, ...]
     oddities: dict[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = ("site-0", "site-1")
+    is_masked: bool = False
 
     @property
     def late_joiners(self) -> list[str]:
@@ -94,3 +108,27 @@ def drawn(seed: int) -> Scenario:
         if oddity == "full_disk":
             events.append(Event("round 1", 0.0, "room", "site-2"))
     return Scenario(seed, tuple(events), oddities, names)
+
+
+def drawn_masked(seed: int) -> Scenario:
+    """Draw faults of a run with secure aggregation: one or two of five devices fall out of rounds.
+
+    They are back soon or late, so that some are there again before their round is over, without the
+    secrets that they had in it. With every third seed the server is killed as well.
+    """
+    rng = np.random.default_rng([seed, 6])
+    names = tuple(f"site-{number}" for number in range(NUM_MASKED))
+
+    def kill(who: str, role: str) -> Event:
+        phase = PHASES[rng.integers(PHASES.index("welcome"), len(PHASES))]
+        delay = float(rng.uniform(0, _DELAY_SECONDS[phase]))
+        return Event(phase, delay, "kill", who, role, float(rng.uniform(0.5, 30.0)))
+
+    fallen = rng.permutation(names)[: 1 + seed % 2]
+    events = [
+        kill(str(name), DEVICE_ROLES[(seed + i) % len(DEVICE_ROLES)])
+        for i, name in enumerate(fallen)
+    ]
+    if seed % 3 == 2:
+        events.append(kill("server", SERVER_ROLES[seed // 3 % len(SERVER_ROLES)]))
+    return Scenario(seed, tuple(events), names=names, is_masked=True)

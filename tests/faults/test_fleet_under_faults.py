@@ -8,7 +8,16 @@ import pytest
 
 from faults.fleet import Materials
 from faults.runner import run_with_faults
-from faults.scenario import DEVICE_ROLES, ODDITIES, SERVER_ROLES, Event, Scenario, drawn
+from faults.scenario import (
+    DEVICE_ROLES,
+    NUM_MASKED,
+    ODDITIES,
+    SERVER_ROLES,
+    Event,
+    Scenario,
+    drawn,
+    drawn_masked,
+)
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="processes are found in /proc"
@@ -46,3 +55,12 @@ def test_every_kill_and_every_oddity_comes_up_in_fifty_seeds() -> None:
         for scenario in scenarios
     )
     assert drawn(7) == drawn(7)
+
+
+def test_masked_runs_lose_one_or_two_devices_of_five_and_some_the_server_too() -> None:
+    scenarios = [drawn_masked(seed) for seed in range(10)]
+    fallen = [[event for event in s.events if event.who != "server"] for s in scenarios]
+    assert {len({event.who for event in events}) for events in fallen} == {1, 2}
+    assert {event.role for events in fallen for event in events} == set(DEVICE_ROLES)
+    assert sum(len(s.events) > len(f) for s, f in zip(scenarios, fallen, strict=True)) == 3
+    assert all(scenario.is_masked and len(scenario.names) == NUM_MASKED for scenario in scenarios)
