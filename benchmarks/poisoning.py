@@ -63,15 +63,16 @@ class Cell:
 
 
 def cells(seeds: Sequence[int]) -> Iterator[Cell]:
-    """Yield the cells at 20 %, seed by seed, then the other shares with the first seed."""
+    """Yield the cells at 20 %, seed by seed, then those of the other shares."""
     for seed in seeds:
         for attack in ("none", *UPDATE_ATTACKS):
             for defence in DEFENCES:
                 yield Cell(seed, attack, 0.2 if attack != "none" else 0.0, defence)
-    for ratio in (0.3, 0.1):
-        for attack in UPDATE_ATTACKS:
-            for defence in DEFENCES:
-                yield Cell(seeds[0], attack, ratio, defence)
+    for seed in seeds:
+        for ratio in (0.3, 0.1):
+            for attack in UPDATE_ATTACKS:
+                for defence in DEFENCES:
+                    yield Cell(seed, attack, ratio, defence)
 
 
 def main() -> None:

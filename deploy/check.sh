@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tries what is in this folder, as far as a machine without systemd as init and without a container
-# engine can; README.md says what that is.
-#   deploy/check.sh [--rehearse]     PYTHON=... chooses the interpreter (.venv/bin/python)
+# Tries what is in this folder, as far as a machine without systemd as init can; README.md says what
+# that is.
+#   deploy/check.sh [--rehearse | --containers]     PYTHON=... chooses the interpreter (.venv/bin/python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -18,6 +18,11 @@ for compose in "docker compose" docker-compose; do
 done
 [ "${found:-}" ] || echo "compose.yaml was not given to docker compose: it is not here"
 
-if [ "${1:-}" = --rehearse ]; then
-  "$python" scripts/rehearse_units.py
-fi
+case "${1:-}" in
+  --rehearse) "$python" scripts/rehearse_units.py ;;
+  --containers)
+    docker image inspect fedpeat >/dev/null 2>&1 ||
+      docker build -f deploy/container/Dockerfile -t fedpeat .
+    "$python" scripts/rehearse_containers.py
+    ;;
+esac
