@@ -82,10 +82,12 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 def override(kind: str, name: str) -> dict[str, Any]:
     """Return what makes one machine of many: a volume and a network address for each."""
-    service = {"networks": {"default": {"aliases": [HOST if kind == "server" else name]}}}
-    service |= {"environment": {"OMP_NUM_THREADS": "1"}}
-    given = yaml.safe_load(COMPOSE.read_text())["services"][kind]
-    service["command"] = given["command"] + (["--num-threads", "1"] if kind == "device" else [])
+    given = yaml.safe_load(COMPOSE.read_text())["services"][kind]["command"]
+    service = {
+        "networks": {"default": {"aliases": [HOST if kind == "server" else name]}},
+        "environment": {"OMP_NUM_THREADS": "1"},
+        "command": given + (["--num-threads", "1"] if kind == "device" else []),
+    }
     return {
         "services": {kind: service},
         "networks": {"default": {"name": NETWORK, "external": True}},

@@ -155,6 +155,47 @@ def test_what_a_program_started_ends_with_it(kept: Callable[..., Kept]) -> None:
     wait_until(lambda: is_gone(pid))
 
 
+def test_a_program_takes_along_what_it_started_and_who_waits_for_it(tmp_path: Path) -> None:
+    child = (
+        "import subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-S', '-c', {SLEEP!r}]); "
+        f"print(child.pid, flush=True); {SLEEP}"
+    )
+    said: list[str] = []
+
+    def program(name: str, script: str, takes_along: tuple[str, ...] = ()) -> Program:
+        command = [sys.executable, "-S", "-c", script]
+        log = tmp_path / f"{name}.log"
+        return Program(name, command, dict(os.environ), log, 60.0, takes_along)
+
+    one, other, waits = (
+        program("one", child, ("waits",)),
+        program("other", SLEEP),
+        program("waits", SLEEP),
+    )
+    supervisor = Supervisor([waits, one, other], said.append)
+    try:
+        supervisor.look()
+        wait_until(lambda: all(p.log.read_text().count("up") for p in (one, other, waits)))
+        wait_until(lambda: one.log.read_text().count("up") == 2)
+        first = {p.name: p.process.pid for p in (one, other, waits) if p.process}
+        os.kill(first["one"], signal.SIGKILL)
+        wait_until(lambda: one.process is None or one.process.poll() is not None)
+        supervisor.look()
+        started = int(one.log.read_text().split()[0])
+        wait_until(lambda: is_gone(started))
+        assert is_gone(first["waits"])
+        assert one.process is None  # it is started in a minute
+        supervisor.look()
+        assert waits.process is not None
+        assert other.process is not None
+        assert waits.process.pid != first["waits"]
+        assert other.process.pid == first["other"]
+        assert len(said) == 1
+    finally:
+        supervisor.stop()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
 def test_a_program_does_not_outlive_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "program.log"

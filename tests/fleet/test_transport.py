@@ -240,6 +240,22 @@ def test_a_device_that_goes_is_waited_for_a_little(clock: FakeClock) -> None:
     assert replies == [Reply("ann", b"done"), Reply("bob", error="unavailable", lost=True)]
 
 
+def test_a_task_whose_process_ended_on_the_device_is_sent_twice_more(clock: FakeClock) -> None:
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    for message_id in ("id-11", "id-11-again"):
+        clock.sleep(5)
+        grid.answer(message_id, Error(8, "it ended"))
+        assert reaching.poll(tickets) == []
+        clock.sleep(5)
+        assert reaching.poll(tickets) == []
+    assert list(grid.pushed) == ["id-11", "id-11-again", "id-11-again-again"]
+    grid.answer("id-11-again-again", Error(8, "it ended once more"))
+    ((_, reply),) = reaching.poll(tickets)
+    assert reply == Reply("ann", error="it ended once more", lost=True)
+
+
 def test_nothing_is_sent_again_when_the_time_is_over(clock: FakeClock) -> None:
     grid = FakeGrid()
     reaching = transport(grid)

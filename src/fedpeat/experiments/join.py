@@ -210,7 +210,13 @@ def _programs(server: str, keys: DeviceKeys, folder: Path, path: Path) -> list[P
     ]
     return [
         Program("supernode", supernode, env, log),
-        Program("superexec", superexec, env, log.with_name("superexec.log")),
+        Program(
+            "superexec",
+            superexec,
+            env,
+            log.with_name("superexec.log"),
+            takes_along=("supernode",),  # which would wait for a ClientApp that has ended
+        ),
     ]
 
 

@@ -81,6 +81,8 @@ class Program:
         log: File for what it says.
         back_off_seconds: How long to wait before it is started again [s]; twice as long each time
             that it ends at once.
+        takes_along: Programs that wait for ever for what this one had begun: if it ends, what it
+            has started is ended, and they are started anew with it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Program:
     env: Mapping[str, str]
     log: Path
     back_off_seconds: float = 2.0
+    takes_along: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     start_at: float = field(default=0.0, init=False)
     started_at: float = field(default=0.0, init=False)
@@ -129,10 +132,21 @@ class Supervisor:
                     f"{program.name} ended with {process.returncode}; again in {seconds:g} s"
                     f"{_last_words(program)} (see {program.log})"
                 )
+                self._end_along(program)
                 program.process = None
                 program.start_at = time.monotonic() + seconds
             if program.process is None and time.monotonic() >= program.start_at:
                 _start(program)
+
+    def _end_along(self, ended: Program) -> None:
+        if not ended.takes_along:
+            return
+        _signal(ended, signal.SIGKILL)  # its processes, which are left without it
+        for program in self._programs:
+            if program.name in ended.takes_along and program.process is not None:
+                _signal(program, signal.SIGKILL)
+                program.process.wait()
+                program.process, program.start_at = None, time.monotonic()
 
     def stop(self) -> None:
         """End all programs, the last one first: politely, then by force."""

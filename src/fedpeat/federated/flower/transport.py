@@ -23,6 +23,7 @@ _TRAIN, _QUERY = "train", "query"
 _LOOK_SECONDS = 2.0
 _RETURN_SECONDS = 20.0  # a SuperNode that ended is back in less, if it comes back
 _MOST_STUCK = 3
+_MOST_CRASHES = 2
 
 
 @dataclass
@@ -37,7 +38,9 @@ class _Errand:
         activated: When the SuperNode that it was sent to came.
         message_id: The message that it was last sent with; empty if it was not taken.
         earlier: Those before, to which a reply may come still.
-        gone_since: Since when the node has not been there [s]; None if it is.
+        gone_since: Since when the node, or its process for this task, has not been there [s]; None
+            if it is.
+        num_crashes: How often that process has ended.
         reason: Why it is lost.
     """
 
@@ -49,6 +52,7 @@ class _Errand:
     message_id: str = ""
     earlier: list[str] = field(default_factory=list)
     gone_since: float | None = None
+    num_crashes: int = 0
     reason: str = "went away before it was asked"
 
     @property
@@ -77,7 +81,9 @@ class _Errand:
             self.earlier = [earlier for earlier in self.earlier if earlier != message_id]
             return
         self.message_id, self.reason = "", error.reason or "no reason given"
-        if error.code == ErrorCode.NODE_UNAVAILABLE:
+        crashed = error.code == ErrorCode.CLIENT_APP_CRASHED and self.num_crashes < _MOST_CRASHES
+        self.num_crashes += crashed
+        if crashed or error.code == ErrorCode.NODE_UNAVAILABLE:
             self.gone_since = time.monotonic()
 
 
