@@ -24,6 +24,7 @@ __all__ = ["Outcome", "in_process", "run_with_faults"]
 LIMIT_SECONDS = 900.0
 _LOOK_SECONDS = 0.25
 _PATIENCE_SECONDS = 15.0  # for a program that is to be killed, before another one is
+_LAST_PATIENCE_SECONDS = 0.5  # the same, where the run is soon over
 _TIMES = {"seconds", "elapsed_seconds", "peak_rss_bytes"}
 
 
@@ -175,7 +176,8 @@ def _happen(
             return False  # it is killed, and not yet started again
         if fleet.kill(victim, event.role, event.seconds):
             return True
-        return late_seconds > _PATIENCE_SECONDS and fleet.kill(victim, "itself", event.seconds)
+        patience = _LAST_PATIENCE_SECONDS if event.phase == PHASES[-1] else _PATIENCE_SECONDS
+        return late_seconds > patience and fleet.kill(victim, "itself", event.seconds)
     if event.kind == "cut":
         fleet.network.cut()
         later.append((now + event.seconds, fleet.network.mend))

@@ -24,7 +24,7 @@ ODDITIES = ("nan", "shape", "missing", "stale", "examples", "late", "full_disk",
 NUM_MASKED = 5
 """Devices of a run with secure aggregation, of which two may be lost."""
 PHASES = ("start", "run", "welcome", "round 1", "round 2")
-_DELAY_SECONDS = {"start": 12.0, "run": 15.0, "welcome": 15.0, "round 1": 8.0, "round 2": 4.0}
+_DELAY_SECONDS = {"start": 12.0, "run": 15.0, "welcome": 15.0, "round 1": 8.0, "round 2": 2.0}
 
 
 @dataclass(frozen=True)
