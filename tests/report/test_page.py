@@ -287,6 +287,11 @@ def test_a_summary_of_the_least_fields_has_a_report(make_run: MakeRun) -> None:
     assert "Plug-in accuracy was not measured." in text_of(rendered(make_run([], result)))
 
 
+def test_the_seed_is_told_as_it_was_set(make_run: MakeRun) -> None:
+    page = text_of(rendered(make_run(three_rounds(), {**summary(), "seed": 1_234_567})))
+    assert "seed 1234567 " in page
+
+
 def test_every_chart_says_what_it_shows_and_ids_are_unique(make_run: MakeRun) -> None:
     page = rendered(make_run(three_rounds(), summary()))
     ids = [found["id"] for _, found in page.tags if "id" in found]

@@ -14,6 +14,7 @@ from fedpeat.report.quantities import (
     quality_text,
     ratio_text,
     seconds_text,
+    seed_text,
 )
 
 
@@ -84,6 +85,13 @@ def test_a_ratio_becomes_a_percentage(value: float, text: str) -> None:
 )
 def test_a_large_count_is_scaled(value: float | None, text: str) -> None:
     assert count_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1, "1"), (0, "0"), (1_234_567, "1234567"), (None, "not measured")]
+)
+def test_a_seed_keeps_every_digit(value: float | None, text: str) -> None:
+    assert seed_text(value) == text
 
 
 def test_accuracy_is_a_percentage() -> None:

@@ -24,7 +24,7 @@ from fedpeat.report.plots import (
     quality_scale,
     spent_scale,
 )
-from fedpeat.report.quantities import quality_text
+from fedpeat.report.quantities import quality_text, seed_text
 from fedpeat.report.records import RunData
 from fedpeat.report.simulated import SIMULATED_PANELS, has_simulated
 
@@ -127,7 +127,9 @@ def _run(plot: Plot, one: ComparedRun, points: Points, style: str) -> Iterator[H
     places = [(point, place) for point in points if (place := plot.place(point))]
     if places:
         last, (x, y) = places[-1]
-        title = element("title", f"{_short(one.method)}, seed {one.seed:.0f}, {plot.text(last)}")
+        title = element(
+            "title", f"{_short(one.method)}, seed {seed_text(one.seed)}, {plot.text(last)}"
+        )
         yield element("circle", title, cx=x, cy=y, r=3.0, class_=f"end {style}")
 
 
@@ -135,4 +137,4 @@ def _told(plot: Plot, one: ComparedRun, points: Points) -> str:
     last = points[-1]
     spent = plot.panel.wording(plot.panel.spent(last))
     quality = quality_text(last.value, plot.metric)
-    return f"{_short(one.method)}, seed {one.seed:.0f}: {quality} after {spent}"
+    return f"{_short(one.method)}, seed {seed_text(one.seed)}: {quality} after {spent}"

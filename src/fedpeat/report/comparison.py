@@ -26,6 +26,7 @@ from fedpeat.report.quantities import (
     quality_text,
     ratio_text,
     seconds_text,
+    seed_text,
 )
 from fedpeat.report.records import METRICS, QUALITIES, UNITS, Cost
 
@@ -410,7 +411,7 @@ def _strip(row: Row, index: int, scale: Scale, metric: str) -> Iterator[Html]:
         yield element("line", y1=y, y2=y, class_="range", **ends)
     for seed, value in zip(row.seeds, row.values["plug_in"], strict=True):
         if value is not None and math.isfinite(value):
-            title = element("title", f"seed {count_text(seed)}: {quality_text(value, metric)}")
+            title = element("title", f"seed {seed_text(seed)}: {quality_text(value, metric)}")
             yield element("circle", title, cx=f"{scale.at(value):.2f}%", cy=y, r=4, class_="seed")
     if found and math.isfinite(found.mean):
         yield element(

@@ -192,7 +192,7 @@ def _promises(privacy: PrivacyFacts) -> list[tuple[str, str]]:
             rate = f"with chance {number_text(promise.sample_rate, 3)}" if drawn else "no"
             pairs.append(("Drawn in secret", rate))
     origin = "a secret key" if privacy.is_secret else "the run's seed: for experiments alone"
-    return [*pairs, ("Delta", number_text(privacy.delta)), ("Noise from", origin)]
+    return [*pairs, ("Delta", number_text(privacy.delta, 2)), ("Noise from", origin)]
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

@@ -24,7 +24,7 @@ from fedpeat.report.markup import Html, element, join, literal
 from fedpeat.report.overview import checks_section, key_figures, qualities_section
 from fedpeat.report.participation import participation_section
 from fedpeat.report.privacy_audit import privacy_audit_lead, privacy_audit_section
-from fedpeat.report.quantities import count_text, number_text
+from fedpeat.report.quantities import count_text, seed_text
 from fedpeat.report.records import RunData
 from fedpeat.report.simulated import has_simulated, simulated_lead, simulated_section
 from fedpeat.report.style import STYLE
@@ -195,7 +195,7 @@ def _meta(run: RunData) -> str:
         f"method {summary.method or 'not recorded'}",
         _counted(summary.num_rounds, "round"),
         _counted(summary.num_clients, "device"),
-        f"seed {number_text(summary.seed)}",
+        f"seed {seed_text(summary.seed)}",
     ]
     if summary.best_round is not None and math.isfinite(summary.best_round):
         parts.append(

@@ -16,6 +16,7 @@ __all__ = [
     "quality_text",
     "ratio_text",
     "seconds_text",
+    "seed_text",
 ]
 
 NOT_MEASURED: Final = "not measured"
@@ -69,6 +70,12 @@ def ratio_text(value: float | None) -> str:
         if abs(percent) >= 9.95 or percent == 0
         else f"{number_text(percent, 2)} %"
     )
+
+
+def seed_text(value: float | None) -> str:
+    """Return a seed, every digit of it."""
+    absence = _absence(value)
+    return absence or f"{value:.0f}"
 
 
 def count_text(value: float | None) -> str:
