@@ -177,6 +177,17 @@ def come_again(grid: FakeGrid, name: str) -> None:
     grid.activated[name] = f"{grid.activated[name]}, again"
 
 
+def asked_again(clock: FakeClock) -> tuple[FakeGrid, FlowerTransport, dict[str, str]]:
+    """Return a fleet whose device ann was sent its task a second time, as "id-11-again"."""
+    grid = FakeGrid()
+    reaching = transport(grid)
+    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    clock.sleep(5)
+    come_again(grid, "ann")
+    assert reaching.poll(tickets) == []
+    return grid, reaching, tickets
+
+
 def test_a_task_is_sent_again_to_a_device_that_was_started_again(clock: FakeClock) -> None:
     grid = FakeGrid()
     rung: list[int] = []
@@ -197,12 +208,7 @@ def test_a_task_is_sent_again_to_a_device_that_was_started_again(clock: FakeCloc
 
 
 def test_whichever_answer_comes_first_counts_and_counts_once(clock: FakeClock) -> None:
-    grid = FakeGrid()
-    reaching = transport(grid)
-    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
-    clock.sleep(5)
-    come_again(grid, "ann")
-    reaching.poll(tickets)
+    grid, reaching, tickets = asked_again(clock)
     grid.answer("id-11", to_records("train", b"of the first"))
     grid.answer("id-11-again", to_records("train", b"of the second"))
     assert [reply for _, reply in reaching.poll(tickets)] == [Reply("ann", b"of the first")]
@@ -210,12 +216,7 @@ def test_whichever_answer_comes_first_counts_and_counts_once(clock: FakeClock) -
 
 
 def test_an_error_of_a_message_that_was_sent_again_since_is_none(clock: FakeClock) -> None:
-    grid = FakeGrid()
-    reaching = transport(grid)
-    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
-    clock.sleep(5)
-    come_again(grid, "ann")
-    reaching.poll(tickets)
+    grid, reaching, tickets = asked_again(clock)
     grid.answer("id-11", Error(3, "never whole"))
     assert reaching.poll(tickets) == []
     grid.answer("id-11-again", Error(3, "never whole either"))
