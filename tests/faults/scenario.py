@@ -122,7 +122,7 @@ def drawn_masked(seed: int) -> Scenario:
     def kill(who: str, role: str) -> Event:
         phase = PHASES[rng.integers(PHASES.index("welcome"), len(PHASES))]
         delay = float(rng.uniform(0, _DELAY_SECONDS[phase]))
-        return Event(phase, delay, "kill", who, role, float(rng.uniform(0.5, 30.0)))
+        return Event(phase, delay, "kill", who, role, float(rng.uniform(0.5, 90.0)))
 
     fallen = rng.permutation(names)[: 1 + seed % 2]
     events = [
