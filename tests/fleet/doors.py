@@ -119,6 +119,7 @@ def open_gate(folder: Path, keys: ServerKeys, superlink_keys: ServerKeys) -> Ite
         superlink.app(),
         ws="none",
         log_level="critical",
+        timeout_graceful_shutdown=1,  # TLS waits 30 s for a goodbye
         ssl_certfile=superlink_keys.certificate,
         ssl_keyfile=superlink_keys.key,
     )

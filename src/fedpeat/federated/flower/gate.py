@@ -47,6 +47,7 @@ _MAX_BODY_BYTES = 16 * 2**20  # SuperNodes send chunks of 5 MiB
 _MAX_CONNECTIONS = 512
 _HOLD_SECONDS = 10.0  # a SuperNode gives up an answer after 30 s
 _LOOK_SECONDS = 0.05
+_END_SECONDS = 2  # for connections to close; TLS waits 30 s for a goodbye of who is silent
 _NOT_PASSED_ON = {"host", "connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -209,7 +210,8 @@ async def _held(request: Request, body: bytes) -> Response:
                 found = Response(content, answer.status_code, _kept(answer))
             if is_message or answer.status_code != httpx.codes.OK:
                 return found
-            if bell.is_over or not await _rings(ring, gone, end - time.monotonic()):
+            rings = not bell.is_over and await _rings(ring, gone, end - time.monotonic())
+            if bell.is_over or not rings:
                 return found
     finally:
         gone.cancel()
@@ -280,6 +282,7 @@ def gate_server(settings: GateSettings) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=30,
+        timeout_graceful_shutdown=_END_SECONDS,
         h11_max_incomplete_event_size=64 * 1024,
     )
     return _Server(config)
