@@ -103,7 +103,7 @@ def rehearse(sides: dict[str, Path]) -> None:
     server, *devices = [container(name, side) for name, side in sides.items()]
     while (state := inspected(server)["State"])["Running"]:
         if time.monotonic() - begun > TIME_OUT_SECONDS:
-            docker("logs", server)
+            print(docker("logs", server))
             sys.exit(f"the run did not end in {TIME_OUT_SECONDS:g} s")
         time.sleep(1)
     print(f"the server ended with {state['ExitCode']} after {time.monotonic() - begun:.0f} s")

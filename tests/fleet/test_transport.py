@@ -177,11 +177,16 @@ def come_again(grid: FakeGrid, name: str) -> None:
     grid.activated[name] = f"{grid.activated[name]}, again"
 
 
-def asked_again(clock: FakeClock) -> tuple[FakeGrid, FlowerTransport, dict[str, str]]:
-    """Return a fleet whose device ann was sent its task a second time, as "id-11-again"."""
+def asked() -> tuple[FakeGrid, FlowerTransport, dict[str, str]]:
+    """Return a fleet whose device ann was sent a task."""
     grid = FakeGrid()
     reaching = transport(grid)
-    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    return grid, reaching, reaching.submit("train", {"ann": b"x"}, 60.0)
+
+
+def asked_again(clock: FakeClock) -> tuple[FakeGrid, FlowerTransport, dict[str, str]]:
+    """Return a fleet whose device ann was sent its task a second time, as "id-11-again"."""
+    grid, reaching, tickets = asked()
     clock.sleep(5)
     come_again(grid, "ann")
     assert reaching.poll(tickets) == []
@@ -242,9 +247,7 @@ def test_a_device_that_goes_is_waited_for_a_little(clock: FakeClock) -> None:
 
 
 def test_a_task_whose_process_ended_on_the_device_is_sent_twice_more(clock: FakeClock) -> None:
-    grid = FakeGrid()
-    reaching = transport(grid)
-    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    grid, reaching, tickets = asked()
     for message_id in ("id-11", "id-11-again"):
         clock.sleep(5)
         grid.answer(message_id, Error(8, "it ended"))
@@ -258,9 +261,7 @@ def test_a_task_whose_process_ended_on_the_device_is_sent_twice_more(clock: Fake
 
 
 def test_nothing_is_sent_again_when_the_time_is_over(clock: FakeClock) -> None:
-    grid = FakeGrid()
-    reaching = transport(grid)
-    tickets = reaching.submit("train", {"ann": b"x"}, 60.0)
+    grid, reaching, tickets = asked()
     clock.sleep(59.5)
     come_again(grid, "ann")
     assert reaching.poll(tickets) == []
@@ -268,9 +269,7 @@ def test_nothing_is_sent_again_when_the_time_is_over(clock: FakeClock) -> None:
 
 
 def test_a_task_whose_time_is_over_is_forgotten_with_the_next(clock: FakeClock) -> None:
-    grid = FakeGrid()
-    reaching = transport(grid)
-    old = reaching.submit("train", {"ann": b"x"}, 60.0)
+    grid, reaching, old = asked()
     clock.sleep(61)
     reaching.submit("train", {"bob": b"y"}, 60.0)
     grid.asked_for.clear()

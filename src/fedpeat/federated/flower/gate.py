@@ -210,8 +210,7 @@ async def _held(request: Request, body: bytes) -> Response:
                 found = Response(content, answer.status_code, _kept(answer))
             if is_message or answer.status_code != httpx.codes.OK:
                 return found
-            rings = not bell.is_over and await _rings(ring, gone, end - time.monotonic())
-            if bell.is_over or not rings:
+            if not await _rings(ring, gone, end - time.monotonic()) or bell.is_over:
                 return found
     finally:
         gone.cancel()
