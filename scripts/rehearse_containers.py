@@ -22,15 +22,13 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from rehearsal import DEVICES, ROOT, TIME_OUT_SECONDS, all_ended_well, prepare_run
+
 COMPOSE = ROOT / "deploy" / "container" / "compose.yaml"
-FEDPEAT = Path(sys.executable).parent / "fedpeat"
 NETWORK = "fedpeat-rehearsal"
 HOST = "server.example.org"
+PORT = 8443
 USER_ID = 10001
-DEVICES = ["client-00", "client-01"]
-TIME_OUT_SECONDS = 600.0
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -51,16 +49,7 @@ def main() -> None:
 
 def prepare(folder: Path) -> dict[str, Path]:
     """Make keys, settings and data; return the folder of each side."""
-    settings = yaml.safe_load((ROOT / "examples" / "fleet.yaml").read_text())
-    settings["data"]["num_clients"] = len(DEVICES)
-    settings["federated"]["num_rounds"] = 2
-    settings["fleet"] = {"port": 8443}
-    config = folder / "server.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    subprocess.run(
-        [FEDPEAT, "keys", folder / "keys", "--hosts", HOST, "--devices", *DEVICES], check=True
-    )
-    subprocess.run([FEDPEAT, "shards", config, folder / "shards"], check=True)
+    prepare_run(folder, PORT, HOST)
     sides = {}
     for name in ("server", *DEVICES):
         kind = "server" if name == "server" else "device"
@@ -68,7 +57,7 @@ def prepare(folder: Path) -> dict[str, Path]:
         keys = folder / "keys" / (kind if kind == "server" else f"devices/{name}")
         shutil.copytree(keys, own / "etc" / kind)
         if kind == "server":
-            shutil.copy(config, own / "etc")
+            shutil.copy(folder / "server.yaml", own / "etc")
         else:
             (own / "data").mkdir()
             shutil.copy(folder / "shards" / f"{name}.jsonl", own / "data")
@@ -114,7 +103,7 @@ def rehearse(sides: dict[str, Path]) -> None:
         docker("stop", "--time", "30", number)
     codes = [inspected(number)["State"]["ExitCode"] for number in devices]
     print(f"the devices, told to end, ended with {codes}")
-    if state["ExitCode"] != 0 or codes != [INTERRUPTED] * len(DEVICES):
+    if not all_ended_well(state["ExitCode"], codes):
         for number in (server, *devices):
             print(docker("logs", number))
         sys.exit("the rehearsal failed")
@@ -150,7 +139,7 @@ def compose(name: str, side: Path, *arguments: str) -> str:
     """Run docker compose for a side."""
     kind = "server" if name == "server" else "device"
     files = ["-f", "compose.yaml", "-f", "override.yaml", "-p", f"{NETWORK}-{name}"]
-    more = {"FEDPEAT_SERVER": f"{HOST}:8443", "COMPOSE_PROFILES": kind}
+    more = {"FEDPEAT_SERVER": f"{HOST}:{PORT}", "COMPOSE_PROFILES": kind}
     return called([*compose_command(), *files, *arguments], side, {**os.environ, **more})
 
 

@@ -22,15 +22,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
+from rehearsal import BIN, DEVICES, ROOT, TIME_OUT_SECONDS, all_ended_well, prepare_run
 
-ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "deploy" / "systemd"
-BIN = Path(sys.executable).parent
 USER_ID = 61234
-DEVICES = ["client-00", "client-01"]
-TIME_OUT_SECONDS = 600.0
-INTERRUPTED = 130
 
 Unit = Mapping[str, list[str]]
 
@@ -83,18 +78,10 @@ def rehearse(folder: Path) -> None:
     """Make keys, settings and data, start three machines, and wait for the run to end."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = yaml.safe_load((ROOT / "examples" / "fleet.yaml").read_text())
-    settings["data"]["num_clients"] = len(DEVICES)
-    settings["federated"]["num_rounds"] = 2
-    settings["fleet"] = {"port": port}
-    config = folder / "server.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    run = [str(BIN / "fedpeat")]
-    subprocess.run([*run, "keys", folder / "keys", "--devices", *DEVICES], check=True)
-    subprocess.run([*run, "shards", config, folder / "shards"], check=True)
+    prepare_run(folder, port, "localhost")
     files = folder / "server-files"
     shutil.copytree(folder / "keys" / "server", files / "server")
-    shutil.copy(config, files)
+    shutil.copy(folder / "server.yaml", files)
     machines = {"server": start("fedpeat-server", files)}
     for name in DEVICES:
         files = folder / f"{name}-files"
@@ -116,7 +103,7 @@ def rehearse(folder: Path) -> None:
     finally:
         for machine in machines.values():
             machine.kill()
-    if ended != 0 or codes != [INTERRUPTED] * len(DEVICES):
+    if not all_ended_well(ended, codes):
         sys.exit("the rehearsal failed")
 
 
