@@ -46,7 +46,7 @@ def main() -> None:
         return
     if not (materials.folder / "reference").exists():
         Materials.made_in(materials.folder, NUM_MASKED if args.masked else 3)
-        config = config_in(materials, materials.folder, is_masked=args.masked)
+        config = config_in(materials, materials.folder, hiding="masks" if args.masked else "")
         in_process(config, materials.folder / "reference")
     known = _results(args.folder)
     seeds = [

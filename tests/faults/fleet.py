@@ -20,14 +20,15 @@ from typing import Any
 
 from faults.proc import Process, descendants, is_same, kill, listening_ports
 from faults.proxy import Network
-from fedpeat.config.loading import config_from_dict, config_to_yaml
+from fedpeat.config.loading import config_from_dict, config_to_yaml, override
 from fedpeat.config.schema import Config
+from fedpeat.core.noise import NoiseSource
 from fedpeat.experiments.fleet_folder import free_port
 from fedpeat.experiments.shards import write_shards
 from fedpeat.federated.flower.keys import make_keys
 from tiny import save_tiny_llama, tiny_settings, write_corpus
 
-__all__ = ["NUM_ROUNDS", "Command", "Fleet", "Materials", "config_in"]
+__all__ = ["HIDING", "NUM_ROUNDS", "Command", "Fleet", "Materials", "config_in"]
 
 NUM_ROUNDS = 3
 DEADLINE_SECONDS = 60.0
@@ -37,6 +38,24 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # several fleets share two cores
 }
+HIDING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "": ({}, []),
+    "masks": (
+        {"federated": {"secure_aggregation": True}},
+        ["--federated.secure-aggregation"],
+    ),
+    "noise": (
+        {
+            "privacy": {
+                "example_noise_multiplier": 1.0,
+                "example_clip_norm": 0.1,
+                "noise": "seed",  # which a run in process can draw as well
+            }
+        },
+        ["--privacy.example-noise-multiplier", "1"],
+    ),
+}
+"""How updates are hidden: what the server is set to, and what devices insist on."""
 ODD_DEVICE = Path(__file__).with_name("odd_device.py")
 
 
@@ -73,8 +92,7 @@ def config_in(
     materials: Materials,
     output_dir: Path,
     num_rounds: int = NUM_ROUNDS,
-    *,
-    is_masked: bool = False,
+    hiding: str = "",
     **fleet: Any,
 ) -> Config:
     """Return the settings of a run."""
@@ -83,10 +101,10 @@ def config_in(
         "num_rounds": num_rounds,
         "round_deadline_seconds": DEADLINE_SECONDS,
         "min_clients": 2,  # the server and a device at least
-        "secure_aggregation": is_masked,
     }
     settings["num_threads"] = 1
-    return config_from_dict({**settings, "fleet": fleet} if fleet else settings)
+    config = config_from_dict({**settings, "fleet": fleet} if fleet else settings)
+    return override(config, HIDING[hiding][0])
 
 
 @dataclass
@@ -143,7 +161,7 @@ class Fleet:
         names: Devices that have a key.
         wait_for: How many the server waits for.
         num_rounds: Rounds of the run.
-        is_masked: Whether updates are masked.
+        hiding: How updates are hidden, one of HIDING.
     """
 
     def __init__(
@@ -153,11 +171,10 @@ class Fleet:
         names: list[str],
         wait_for: int,
         num_rounds: int = NUM_ROUNDS,
-        *,
-        is_masked: bool = False,
+        hiding: str = "",
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self._materials, self._is_masked = folder, materials, is_masked
+        self.folder, self._materials, self._hiding = folder, materials, hiding
         make_keys(folder / "keys", ["localhost", "127.0.0.1"], names, 2)
         self.port = free_port()
         self.network = Network(self.port)
@@ -165,7 +182,7 @@ class Fleet:
             materials,
             folder / "runs",
             num_rounds,
-            is_masked=is_masked,
+            hiding,
             keys=str(folder / "keys/server"),
             port=self.port,
             wait_for=wait_for,
@@ -183,17 +200,25 @@ class Fleet:
     def join(self, name: str, oddity: str = "") -> None:
         """Start a device."""
         keys = self.folder / "keys/devices" / name
+        if self._hiding == "noise":
+            self._give_noise(name)
         arguments = ["join", "--server", f"localhost:{self.network.port}", "--keys", str(keys)]
         arguments += ["--data", str(self._materials.shard(name))]
         arguments += ["--folder", str(self.folder / name), "--num-threads", "1"]
-        if self._is_masked:
-            arguments.append("--federated.secure-aggregation")
+        arguments += HIDING[self._hiding][1]
         device = Command(name, arguments, self.folder / f"{name}.log")
         if oddity:
             told = str(self.folder / f"{name}.told")
             device.program = [sys.executable, str(ODD_DEVICE), oddity, told]
         self.devices[name] = device
         device.start()
+
+    def _give_noise(self, name: str) -> None:
+        """Let a device draw the noise that it would draw in a run in process."""
+        own = self.folder / name
+        own.mkdir(exist_ok=True)
+        noise = NoiseSource.of_seed(self.config.seed).child("device", name)
+        (own / "noise.key").write_bytes(noise.key)
 
     def look(self) -> None:
         """Start again what was killed and is due; remember every process that there was.

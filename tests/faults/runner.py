@@ -96,8 +96,8 @@ def run_with_faults(
     """Run a fleet while things go wrong, and judge what comes of it."""
     joiners = scenario.late_joiners
     num_waited_for = len(scenario.names) - len(joiners)
-    names, is_masked = list(scenario.names), scenario.is_masked
-    fleet = Fleet(materials, folder, names, num_waited_for, num_rounds, is_masked=is_masked)
+    names, hiding = list(scenario.names), scenario.hiding
+    fleet = Fleet(materials, folder, names, num_waited_for, num_rounds, hiding)
     outcome, chronicle, start = Outcome(scenario.seed), _Chronicle(), time.monotonic()
     try:
         fleet.server.start()

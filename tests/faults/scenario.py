@@ -58,14 +58,14 @@ class Scenario:
         events: What happens.
         oddities: What is wrong with devices from the start, by name.
         names: All devices that have a key.
-        is_masked: Whether updates are masked, by secure aggregation.
+        hiding: How updates are hidden: not, by "masks" (secure aggregation) or by "noise".
     """
 
     seed: int
     events: tuple[Event, ...]
     oddities: dict[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = ("site-0", "site-1")
-    is_masked: bool = False
+    hiding: str = ""
 
     @property
     def late_joiners(self) -> list[str]:
@@ -131,4 +131,4 @@ def drawn_masked(seed: int) -> Scenario:
     ]
     if seed % 3 == 2:
         events.append(kill("server", SERVER_ROLES[seed // 3 % len(SERVER_ROLES)]))
-    return Scenario(seed, tuple(events), names=names, is_masked=True)
+    return Scenario(seed, tuple(events), names=names, hiding="masks")

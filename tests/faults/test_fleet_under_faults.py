@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,16 @@ def test_a_fleet_whose_server_and_device_are_killed_ends_as_a_run_in_process_doe
             Event("round 1", 0.0, "kill", "server", "all", 0.5),
         ),
         {"site-1": "nan"},
+        hiding="noise",
     )
     materials = Materials.made_in(tmp_path / "materials")
     outcome = run_with_faults(materials, tmp_path / "run", scenario, num_rounds=2)
     assert outcome.is_well, outcome.line()
     assert 1 <= outcome.num_accepted < outcome.num_asked  # site-0's, and never site-1's
+    (metrics,) = (tmp_path / "run").glob("runs/*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    first, second = (line["privacy"]["example_epsilon"] for line in lines[1:])
+    assert 0 < first < second
 
 
 def test_every_kill_and_every_oddity_comes_up_in_fifty_seeds() -> None:
@@ -63,4 +69,6 @@ def test_masked_runs_lose_one_or_two_devices_of_five_and_some_the_server_too() -
     assert {len({event.who for event in events}) for events in fallen} == {1, 2}
     assert {event.role for events in fallen for event in events} == set(DEVICE_ROLES)
     assert sum(len(s.events) > len(f) for s, f in zip(scenarios, fallen, strict=True)) == 3
-    assert all(scenario.is_masked and len(scenario.names) == NUM_MASKED for scenario in scenarios)
+    assert all(
+        scenario.hiding == "masks" and len(scenario.names) == NUM_MASKED for scenario in scenarios
+    )

@@ -20,6 +20,7 @@ from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import AdapterError, EmulatorError, WireError
 from fedpeat.core.noise import NoiseSource
 from fedpeat.core.wire import Payload, decode, digest, encode
+from fedpeat.data.examples import Examples
 from fedpeat.emulator.package import EmulatorPackage
 from fedpeat.emulator.parts import part_bytes, part_hash, read_part
 from fedpeat.federated.codecs import UpdateCodec, decode_update
@@ -28,7 +29,7 @@ from fedpeat.federated.participant import Participant, fixed_width, train_messag
 from fedpeat.federated.shelf import EmulatorShelf, Rung, hashes_of
 from fedpeat.model.blocks import find_blocks
 from fedpeat.tuning.local import LocalSettings
-from tiny import random_text, tiny_model, tiny_package
+from tiny import BLOCK_SIZE, random_text, tiny_model, tiny_package
 
 KEPT, TUNED = [0, 2, 5], [0, 5]
 CONFIG = AdapterConfig(num_bottom=1, num_top=1, r=2)
@@ -117,21 +118,29 @@ def test_train_is_answered_with_a_changed_adapter_and_its_losses(
     assert any((reply.arrays[n] != adapter[n]).any() for n in adapter)
 
 
+_TEXT, _NO_PROMPT = random_text(num_blocks=5), np.arange(BLOCK_SIZE) >= 2
+PROMPTED = replace(_TEXT, loss_mask=_TEXT.loss_mask & _NO_PROMPT)
+OTHER_PROMPT = replace(PROMPTED, input_ids=np.where(_NO_PROMPT, _TEXT.input_ids, 1))
 HIDING = LocalSettings(batch_size=2, learning_rate=0.01, noise_multiplier=1e6)
 
 
 def noisy_update(
-    package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray], **changes: Any
+    package: EmulatorPackage,
+    hold: bytes,
+    adapter: dict[str, np.ndarray],
+    data: Examples | None = None,
+    **changes: Any,
 ) -> np.ndarray:
     """Return how a device with some key moves the adapter in one step that is all noise."""
-    one = Participant("a", random_text(num_blocks=5), shelf(), noise=NoiseSource(bytes(32)))
+    data = data or PROMPTED
+    one = Participant("a", data, shelf(), noise=NoiseSource(bytes(32)))
     one.handle("hold", hold)
     changes = {"settings": HIDING, "num_steps": 1, **changes}
     update = decode(one.handle("train", task(adapter, package, **changes))).arrays
     return np.concatenate([(update[n] - adapter[n]).ravel() for n in sorted(adapter)])
 
 
-def test_the_same_task_gets_the_same_noise_and_no_other_task_does(
+def test_the_same_task_on_the_same_data_gets_the_same_noise_and_no_other_does(
     package: EmulatorPackage, hold: bytes, adapter: dict[str, np.ndarray]
 ) -> None:
     update = noisy_update(package, hold, adapter)
@@ -141,6 +150,8 @@ def test_the_same_task_gets_the_same_noise_and_no_other_task_does(
         noisy_update(package, hold, moved),
         noisy_update(package, hold, adapter, server_round=4),
         noisy_update(package, hold, adapter, settings=replace(HIDING, example_clip_norm=0.99)),
+        noisy_update(package, hold, adapter, OTHER_PROMPT),
+        noisy_update(package, hold, adapter, _TEXT),
     ]
     for other in others:  # a step of Adam goes along the signs of the noise
         assert abs(np.corrcoef(update, other)[0, 1]) < 0.2

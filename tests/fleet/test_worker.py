@@ -20,6 +20,7 @@ import torch
 from fedpeat.config.loading import config_from_dict
 from fedpeat.config.schema import Config, DataConfig
 from fedpeat.core.errors import DataError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
@@ -54,11 +55,21 @@ def door(keys: ServerKeys, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 class Site:
     """A device's machine: its folder, and what its person sees."""
 
-    def __init__(self, name: str, door: Door, folder: Path, read: Any, limit: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        door: Door,
+        folder: Path,
+        read: Any,
+        limit: int | None = None,
+        noise: NoiseSource | None = None,
+    ):
         self.said: list[str] = []
         cache = PartCache(folder / name, f"localhost:{door.port}", Path(door.settings.ca))
         shelf = EmulatorShelf(torch.device("cpu"), torch.float32)
-        self.device = Device(name, cache, shelf, read, self.said.append, max_emulator_bytes=limit)
+        self.device = Device(
+            name, cache, shelf, read, self.said.append, max_emulator_bytes=limit, noise=noise
+        )
 
 
 def some_text(_: Mapping[str, Any], __: Mapping[str, bytes]) -> Examples:
@@ -133,6 +144,33 @@ def test_a_task_that_comes_twice_is_done_once(
     site.device.handle("hold", hold)  # the answer tells what is held
     site.device.handle("train", task)
     assert site.said[-1] == "round 1: tuning"
+
+
+def test_a_device_that_was_started_anew_does_a_task_again_with_the_same_noise(
+    model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
+) -> None:
+    config = config_of(
+        model_dir,
+        corpus_file,
+        tmp_path / "runs",
+        federated={"num_rounds": 1},
+        privacy={"example_noise_multiplier": 1.0},
+    )
+    messages: list[tuple[str, str, bytes]] = []
+    with mock.patch.object(InProcessTransport, "submit", noting(messages)):
+        on_devices(config, door, tmp_path)
+    own = replace(Config(), data=DataConfig(source=str(tmp_path / "shards/site-0.jsonl")))
+
+    def update(key: bytes) -> dict[str, np.ndarray]:
+        """Return the update of a device that was just started, to all that the run asked."""
+        site = Site("site-0", door, tmp_path, reader(own, "site-0"), noise=NoiseSource(key))
+        answers = [site.device.handle(kind, c) for kind, node, c in messages if node == "site-0"]
+        return dict(decode(answers[-1]).arrays)
+
+    assert messages[-1][0] == "train"
+    first, again, other = update(bytes(32)), update(bytes(32)), update(bytes([1] * 32))
+    assert all((first[name] == again[name]).all() for name in first)
+    assert any((first[name] != other[name]).any() for name in first)
 
 
 def noting(messages: list[tuple[str, str, bytes]]) -> Callable[..., dict[str, str]]:

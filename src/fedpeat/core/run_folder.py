@@ -37,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "RunFolder",
     "clean_json",
+    "kept_secret",
     "replace_folder",
     "sha256_of_file",
     "storage_errors",
@@ -68,6 +69,31 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def kept_secret(path: Path) -> bytes:
+    """Return the secret that a file holds, made at its first use, which this user alone can read.
+
+    Raises:
+        CheckpointError: If the file is not one of these.
+        StorageError: If it cannot be written or read.
+    """
+    with storage_errors(path):
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as file:  # noqa: PTH123
+                file.write(os.urandom(_SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise CheckpointError(
+            f"{path} must have {_SECRET_BYTES} bytes, got {len(secret)}; remove it to draw "
+            "noise from a new one"
+        )
+    return secret
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -262,23 +288,7 @@ class RunFolder:
 
     def secret(self) -> bytes:
         """Return the run's secret, made at its first use, which this user alone can read."""
-        path = self.path / "noise.key"
-        with storage_errors(path):
-            if not path.exists():
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.unlink(missing_ok=True)
-                with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as file:  # noqa: PTH123
-                    file.write(os.urandom(_SECRET_BYTES))
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            secret = path.read_bytes()
-        if len(secret) != _SECRET_BYTES:
-            raise CheckpointError(
-                f"{path} must have {_SECRET_BYTES} bytes, got {len(secret)}; remove it to draw "
-                "noise from a new one"
-            )
-        return secret
+        return kept_secret(self.path / "noise.key")
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl whole: after a resume it holds the rounds that count, no others."""

@@ -24,7 +24,8 @@ from fedpeat.config.schema import (
     PrivacyConfig,
 )
 from fedpeat.core.errors import ConfigError, DataError, FleetError, WireError
-from fedpeat.core.run_folder import storage_errors
+from fedpeat.core.noise import NoiseSource
+from fedpeat.core.run_folder import kept_secret, storage_errors
 from fedpeat.core.run_lock import take_lock
 from fedpeat.data.examples import Examples
 from fedpeat.data.files import expand_home, find_files, looks_like_path
@@ -93,6 +94,7 @@ def join(server: str, keys: Path, config: Config, folder: Path, say: Say) -> Non
         say,
         own_side(config, own.name, own.ca, own.key, own.certificate),
         max_emulator_bytes=config.fleet.max_emulator_bytes,
+        noise=NoiseSource(kept_secret(folder / "noise.key")),
         least_noise=config.privacy.example_noise_multiplier,
     )
     path = (folder / "worker.socket").absolute()

@@ -9,9 +9,11 @@ Kinds of messages:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -40,6 +42,7 @@ _LARGEST = {  # whole numbers of a task
 }
 _MAX_BATCH_SIZE = 2**16
 _MAX_NUMBER = 1e12
+_HASHED_EXAMPLES = 256  # at a time
 _NOT_SECURE = (
     "the run has federated.secure_aggregation, this device has not; both sides must set it"
 )
@@ -260,7 +263,7 @@ class Participant:
                 num_steps=task.num_steps,
                 first_step=task.first_step,
                 seed=task.seed,
-                noise=self._noise_of(task, adapter),
+                noise=self._noise_of(task, adapter) if task.settings.noise_multiplier else None,
             )
             update = part.state()
         told = {
@@ -285,12 +288,23 @@ class Participant:
         return Payload(arrays, record)
 
     def _noise_of(self, task: _Task, adapter: Mapping[str, np.ndarray]) -> NoiseSource:
-        """Return the noise of a task: another one whenever anything else is asked.
+        """Return the noise of a task: another one whenever anything else is asked, or of others.
 
-        Two updates with the same noise, from other adapters say, would differ by what it hides.
+        Two updates with the same noise, from other adapters or other examples say, would differ by
+        what it hides.
         """
-        asked = {**asdict(task), "left_out": digest(adapter)}
+        asked = {**asdict(task), "left_out": digest(adapter), "data": self._data_sha256}
         return self._noise.child("train", json.dumps(asked, sort_keys=True))
+
+    @cached_property
+    def _data_sha256(self) -> str:
+        whole = hashlib.sha256()
+        rows = np.arange(self._data.num_examples)
+        for first in range(0, len(rows), _HASHED_EXAMPLES):
+            some = rows[first : first + _HASHED_EXAMPLES]
+            whole.update(digest(self._data.inputs(some)).encode())
+            whole.update(digest({"labels": self._data.labels(some)}).encode())
+        return whole.hexdigest()
 
     def _agree(self, secure: object, adapter: Mapping[str, np.ndarray], task: _Task) -> None:
         """Check that a task is what this device and its neighbours agreed on.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedpeat.core.errors import EmulatorError, FedPEATError, WireError
+from fedpeat.core.noise import NoiseSource
 from fedpeat.core.version import VERSION
 from fedpeat.core.wire import Payload, decode, encode
 from fedpeat.data.examples import Examples
@@ -48,10 +49,11 @@ class Device:
         say: Is told what goes on.
         secure: Its side of secure aggregation; None if its updates go in clear.
         max_emulator_bytes: Largest emulator that it takes [byte]; any if None.
+        noise: What its examples are hidden with; one that nobody else has if not given.
         least_noise: Noise multiplier below which it does not tune; 0 for any.
 
-    What it hides its examples with is drawn anew whenever it is started. A task that comes twice,
-    since the first answer may not have arrived, is done once.
+    A task that comes twice, since the first answer may not have arrived, is done once; or, if this
+    was started anew meanwhile, once more with the same noise, so that nothing more is told.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Device:
         secure: SecureSide | None = None,
         *,
         max_emulator_bytes: int | None = None,
+        noise: NoiseSource | None = None,
         least_noise: float = 0.0,
     ) -> None:
         self._name = name
@@ -73,6 +76,7 @@ class Device:
         self._say = say
         self._secure = secure
         self._max_emulator_bytes = max_emulator_bytes
+        self._noise = noise or NoiseSource.fresh()
         self._least_noise = least_noise
         self._participant: Participant | None = None
         self._welcome = ""
@@ -139,7 +143,12 @@ class Device:
         files = {name: array.tobytes() for name, array in payload.arrays.items()}
         data = self._read_data(payload.record, files)
         self._participant = Participant(
-            self._name, data, self._shelf, self._secure, least_noise=self._least_noise
+            self._name,
+            data,
+            self._shelf,
+            self._secure,
+            noise=self._noise,
+            least_noise=self._least_noise,
         )
         self._answered.clear()
         self._welcome = str(payload.record.get("welcome"))
