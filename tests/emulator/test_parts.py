@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from fedpeat.config.schema import AdapterConfig
 from fedpeat.core.errors import EmulatorError
 from fedpeat.emulator.package import EmulatorPackage, Memory
-from fedpeat.emulator.parts import part_bytes, read_part
+from fedpeat.emulator.parts import part_bytes, read_part, tensor_names
 from fedpeat.emulator.update import UPDATE
 from fedpeat.federated.shelf import Rung
 from tiny import CONFIGS, random_ids, tiny_package
@@ -85,6 +89,118 @@ def test_a_bound_may_be_infinite_and_nothing_else() -> None:
     ):
         with pytest.raises(EmulatorError, match="w has values that are not finite"):
             read_part(part_bytes({"w": broken}))
+
+
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32),
+    *(torch.uint64, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+]
+SHAPES: list[tuple[int, ...]] = [(), (3,), (2, 3), (0,), (2, 0, 3)]
+
+
+def some_part() -> bytes:
+    """Return a part with a tensor of each type and each shape."""
+    rng = np.random.default_rng(0)
+    return part_bytes(
+        {
+            f"{dtype}.{shape}": torch.tensor(rng.integers(0, 2, shape)).to(dtype)
+            for dtype in DTYPES
+            for shape in SHAPES
+        }
+    )
+
+
+def test_a_part_has_what_the_library_reads_in_it() -> None:
+    content = some_part()
+    want, got = safetensors.torch.load(content), read_part(content)
+    assert got.keys() == want.keys()
+    assert sorted(tensor_names(content)) == sorted(want)
+    for name, tensor in got.items():
+        assert tensor.dtype == want[name].dtype
+        assert tensor.shape == want[name].shape
+        assert torch.equal(tensor, want[name])
+        assert tensor.data_ptr() % 64 == 0
+
+
+def file_of(header: object, num_bytes: int = 8) -> bytes:
+    text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+def item(**changes: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
+
+
+def test_a_file_made_by_hand_is_read() -> None:
+    empty = item(shape=[0], data_offsets=[0, 0])
+    assert list(read_part(file_of({"w": item(), "v": empty}))) == ["v", "w"]
+    assert read_part(file_of({"__metadata__": {"a": "b"}}, 0)) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        file_of({"w": item()})[:-1],
+        file_of({"w": item()}) + b"1",
+        (2**63).to_bytes(8, "little") + b"{}",
+        file_of("[" * 100_000),
+        file_of("{"),
+        file_of([]),
+        file_of(7),
+        file_of({"w": []}),
+        file_of({"w": {}}),
+        file_of({"w": item(dtype="F31")}),
+        file_of({"w": item(dtype=["F32"])}),
+        file_of({"w": item(dtype="F" * 1000)}),
+        file_of({"w": item(shape=[3])}),
+        file_of({"w": item(shape=[-1, -2])}),
+        file_of({"w": item(shape=[2.0])}),
+        file_of({"w": item(shape=[True, 2])}),
+        file_of({"w": item(shape=2)}),
+        file_of({"w": item(shape=[2**70, 0], data_offsets=[0, 0])}, 0),
+        file_of({"w": item(shape=[2**62, 2**62, 0], data_offsets=[0, 0])}, 0),
+        file_of({"w": item(data_offsets=[0])}),
+        file_of({"w": item(data_offsets=[8, 0])}),
+        file_of({"w": item(data_offsets=[-8, 0])}),
+        file_of({"w": item(data_offsets=[0, "8"])}),
+        file_of({"w": item(data_offsets=[8, 16])}, 16),
+        file_of({"v": item(), "w": item()}),
+        file_of({"v": item(), "w": item()}, 16),
+        file_of({"v": item(), "w": item(data_offsets=[16, 24])}, 24),
+    ],
+    ids=range(29),
+)
+def test_what_is_no_part_is_refused_in_one_line(content: bytes) -> None:
+    with pytest.raises(EmulatorError, match=f"a part of {len(content)} bytes") as refused:
+        read_part(content)
+    assert len(str(refused.value)) < 300
+    with pytest.raises(SafetensorError):
+        safetensors.torch.load(content)
+
+
+def test_a_type_of_which_nobody_knows_what_is_finite_is_refused() -> None:
+    with pytest.raises(EmulatorError, match="cannot be read: .*C64"):
+        read_part(part_bytes({"w": torch.zeros(1, dtype=torch.complex64)}))
+
+
+def test_nothing_is_read_that_the_library_would_not_read() -> None:
+    content, rng, num_read = some_part(), np.random.default_rng(1), 0
+    length = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(2000):
+        changed = bytearray(content)
+        for place in rng.integers(0, length, rng.integers(1, 4)):
+            changed[place] = rng.integers(32, 127) if place >= 8 else rng.integers(256)
+        try:
+            got = read_part(bytes(changed))
+        except EmulatorError:
+            continue
+        want = safetensors.torch.load(bytes(changed))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+        num_read += 1
+    assert 100 < num_read < 1900
 
 
 # --- what may be sent ---------------------------------------------------------------------------

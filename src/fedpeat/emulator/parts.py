@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedpeat.core.errors import EmulatorError
@@ -37,6 +39,21 @@ __all__ = [
 Tensors = Mapping[str, Tensor]
 OUTSIDE = "outside"
 _SHORT = 16  # hexadecimal digits
+_DTYPES = {  # by their names in safetensors files; of no others can be said what is finite
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def short(sha256: str) -> str:
@@ -96,23 +113,25 @@ class Contents(Mapping[str, bytes]):
 def read_part(content: bytes) -> dict[str, Tensor]:
     """Return the tensors of a part, in memory of their own, in the order of their names.
 
-    The library gives them in another order each time, and sums depend on the order.
+    Sums depend on that order, and on where tensors begin in memory: so they are neither views of
+    the part, nor read by the library, which takes memory for all of a part once more.
 
     Raises:
         EmulatorError: If it is no safetensors file, or a value is not finite; a number that stands
             alone may be infinite, as the bounds of layers that clip what they get.
     """
     tensors = {}
-    try:
-        loaded = safetensors.torch.load(content)
-        for name in sorted(loaded):
-            tensors[name] = loaded.pop(name).clone()
-            if not _is_sound(tensors[name]):
-                raise EmulatorError(f"{name} has values that are not finite")
-    except EmulatorError:
-        raise
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error}") from error
+    for name, entry in sorted(_entries(content).items()):
+        try:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError as error:
+            raise _unreadable(content, error) from error
+        if tensor.numel():
+            raw = np.frombuffer(content, np.uint8, entry.num_bytes, entry.start)
+            tensor.reshape(-1).view(torch.uint8).numpy()[:] = raw
+        if not _is_sound(tensor):
+            raise EmulatorError(f"{name} has values that are not finite")
+        tensors[name] = tensor
     return tensors
 
 
@@ -126,21 +145,71 @@ def _is_sound(tensor: Tensor) -> bool:
 
 
 def tensor_names(content: bytes) -> list[str]:
-    """Return the names of a part's tensors; what is in its file belongs to one of them.
+    """Return the names of a part's tensors; every byte of its file belongs to one of them.
 
     Raises:
         EmulatorError: If it is no safetensors file, or has bytes that belong to none.
     """
-    start = 8 + int.from_bytes(content[:8], "little")
+    return list(_entries(content))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor is in a safetensors file.
+
+    Attributes:
+        dtype: Its type.
+        shape: Its shape.
+        start: Its first byte.
+        num_bytes: Its length [B].
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def _entries(content: bytes) -> dict[str, _Entry]:
+    """Read the header of a safetensors file: its tensors follow one another, without a gap.
+
+    Source:
+        https://github.com/huggingface/safetensors#format
+    """
+    begin = 8 + int.from_bytes(content[:8], "little")
     try:
-        header = json.loads(content[8:start])
+        header = json.loads(content[8:begin])
         header.pop("__metadata__", None)
-        end = max((item["data_offsets"][1] for item in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EmulatorError(f"a part of {len(content)} bytes cannot be read: {error!r}") from error
-    if start + end != len(content):
+        entries = {name: _entry(item, begin) for name, item in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(content, error) from error
+    end = begin
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.num_bytes)):
+        if entry.start != end:
+            raise EmulatorError(f"a part of {len(content)} bytes has tensors that do not adjoin")
+        end += entry.num_bytes
+    if end != len(content):
         raise EmulatorError(f"a part of {len(content)} bytes has some that belong to no tensor")
-    return list(header)
+    return entries
+
+
+def _entry(item: Any, begin: int) -> _Entry:
+    """Read what a header says of a tensor.
+
+    Raises:
+        ValueError: If it contradicts itself; errors of other kinds if it is something else.
+    """
+    dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
+    start, end = item["data_offsets"]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)):
+        raise ValueError(f"shape and offsets must be whole numbers, got {shape} and {start, end}")
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"{end - start} bytes hold no {dtype} of shape {shape}")
+    return _Entry(dtype, shape, begin + start, end - start)
+
+
+def _unreadable(content: bytes, error: Exception) -> EmulatorError:
+    return EmulatorError(f"a part of {len(content)} bytes cannot be read: {error!r:.200}")
 
 
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
