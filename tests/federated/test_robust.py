@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedpeat.federated.admission import Outcome
 from fedpeat.federated.aggregation import LoraAggregation
 from fedpeat.federated.robust import (
     ROBUST_RULES,
+    Averaged,
     Defence,
     coordinate_median,
     multi_krum,
@@ -378,6 +380,15 @@ def test_a_round_with_a_hostile_device_gives_what_the_rule_says(rule: str, value
     hostile = result.participants[-1].weight
     assert hostile == (0 if rule == "multi_krum" else 0.2)
     assert sum(p.weight for p in result.participants) == pytest.approx(1)
+
+
+def test_a_round_says_what_its_average_had_to_leave_out() -> None:
+    class Short(Defence):
+        def average(self, *args: Any) -> Averaged:
+            return replace(super().average(*args), warnings=("x is left out",))
+
+    _, result = federation(FakeTransport(devices(1, 2)), defence=Short()).run_round(start(), None)
+    assert result.warnings == ("x is left out",)
 
 
 def test_a_round_clips_to_the_bound_and_says_by_how_much() -> None:

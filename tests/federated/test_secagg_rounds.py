@@ -147,6 +147,17 @@ def test_server_optimizers_and_frozen_factors_work_on_the_sum() -> None:
     assert list(state.moments) == ["m/q.lora_B.weight"]
 
 
+def test_nobody_can_tell_what_averaging_factors_does_wrong_in_a_sum() -> None:
+    pair = {"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)}
+    begin = FederationState(0, {name: np.zeros(shape, np.float32) for name, shape in pair.items()})
+    changes = {"controller": everyone(server_steps=1), "server_training": server_adding(-1)}
+    in_clear = federation(FakeTransport({"d00": FakeDevice(2)}), **changes)
+    assert in_clear.run_round(begin, None)[1].product_error is not None
+    transport = masked(1, 2, 4)
+    summed = federation(transport, secure=secure(transport), **changes)
+    assert summed.run_round(begin, None)[1].product_error is None
+
+
 def test_a_device_lost_in_training_is_left_out_of_sum_and_names_its_reason() -> None:
     transport = masked(1, 2, 4, 100)
     transport.scripts["train", "d03"] = failing("battery", lost=True)

@@ -11,20 +11,18 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedpeat.adapter.lora import Part, State, part_of, product_error
-from fedpeat.adapter.slices import Pieces, Slices, common
+from fedpeat.adapter.lora import Part, State, part_of
 from fedpeat.core.errors import AggregationError, WireError
 from fedpeat.core.records import (
     ClientPlan,
     ClientState,
     Controller,
-    ParticipantResult,
     Reply,
     RoundObservation,
     RoundPlan,
@@ -32,27 +30,27 @@ from fedpeat.core.records import (
     Transport,
 )
 from fedpeat.core.seeds import derive_seed
-from fedpeat.core.wire import Payload, decode, encode
-from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, shares, with_traffic
+from fedpeat.core.wire import Payload, decode
+from fedpeat.federated.admission import SERVER_ID, Outcome, admit, judge, with_traffic
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer, update_norm
 from fedpeat.federated.codecs import UpdateCodec
+from fedpeat.federated.combining import Combining
 from fedpeat.federated.exchange import Exchange
 from fedpeat.federated.participant import train_message
 from fedpeat.federated.privacy import Privacy, Steps
 from fedpeat.federated.reception import Reception
-from fedpeat.federated.robust import Averaged, Defence
+from fedpeat.federated.robust import Defence
+from fedpeat.federated.roll_call import RollCall
 from fedpeat.federated.screening import (
     MAX_ANSWER_BYTES,
     Limits,
-    check_held,
-    check_num_examples,
     longest_update,
-    one_line,
     shown,
 )
 from fedpeat.federated.secagg.joint import JointRound, Trained, trained_apart
 from fedpeat.federated.secagg.seam import SecureAggregator
 from fedpeat.federated.shelf import Rung, hashes_of
+from fedpeat.federated.state import FederationState
 from fedpeat.tuning.local import LocalSettings
 
 __all__ = [
@@ -64,28 +62,12 @@ __all__ = [
     "peak_rss_bytes",
 ]
 
-MAX_BARREN_ROUNDS = 3
-_MOST_REASONS = 3
-
 Realign = Callable[[State, int], tuple[Mapping[str, Rung], Mapping[str, int]]]
 """Aligns the emulators anew: (adapter, coming round) -> all rungs, and the bytes of each that are
 new."""
 ServerTraining = Callable[[State, Part, int, int, int], Payload]
 """Trains the server's own part: (adapter, tuned, num_steps, first_step, seed) -> a reply of its
 own."""
-
-
-@dataclass(frozen=True)
-class FederationState:
-    """What goes from round to round, and into the checkpoint."""
-
-    server_round: int
-    adapter: Mapping[str, np.ndarray]
-    moments: Mapping[str, np.ndarray] = field(default_factory=dict)
-    last_losses: Mapping[str, float] = field(default_factory=dict)
-    num_barren_rounds: int = 0
-    num_rejections: Mapping[str, int] = field(default_factory=dict)
-    private_steps: Steps = field(default_factory=dict)
 
 
 class Federation:
@@ -142,7 +124,6 @@ class Federation:
         self._controller = controller
         self.rungs = rungs
         self._lora = lora
-        self._optimizer = optimizer
         self._limits = limits
         self._defence = defence or Defence()
         self._secure = secure
@@ -152,12 +133,25 @@ class Federation:
         self._server_training = server_training
         self._realign = realign
         self._reception = reception
-        self._server_weight_ratio = server_weight_ratio
-        self._min_clients = min_clients
         self._deadline_seconds = deadline_seconds
         self._quorum_ratio = quorum_ratio
         self._num_rounds = num_rounds
         self._seed = seed
+        self._roll_call = RollCall(
+            max_examples=limits.max_examples,
+            defence=self._defence,
+            reception=reception,
+            is_secure=secure is not None,
+            tells_losses=self._privacy.client is None,
+        )
+        self._combining = Combining(
+            lora=lora,
+            optimizer=optimizer,
+            defence=self._defence,
+            privacy=self._privacy,
+            server_weight_ratio=server_weight_ratio,
+            min_clients=min_clients,
+        )
 
     def run_round(
         self, state: FederationState, loss: float | None
@@ -179,7 +173,7 @@ class Federation:
             name: self._lora.lasting_parts(rung.own(state.adapter))
             for name, rung in self.rungs.items()
         }
-        clients, warnings = self._ask(state, lasting, exchange)
+        clients, warnings = self._roll_call.ask(state, self.rungs, lasting, exchange)
         observed = RoundObservation(server_round, self._num_rounds, tuple(clients.values()), loss)
         plan = self._controller.plan(observed)
         self._check_plan(server_round, plan, clients)
@@ -196,32 +190,21 @@ class Federation:
             state.num_rejections, list(results.values())
         )
         warnings = [*warnings, *trained.warnings, *left_out, *set_aside]
-        num_accepted = sum(update.num_devices for update in updates)
-        weights: list[float] = []
-        error = None
-        if self._privacy.client is not None and clients:  # even if nobody was drawn or answered
-            new_state, averaged = self._aggregate_privately(state, plan, updates)
-            weights = averaged.weights
-            error = self._product_error(state, updates, weights) if updates else None
-        elif num_accepted >= self._min_clients:
-            trust = {name: rung.trust for name, rung in self.rungs.items()}
-            weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
-            new_state, averaged = self._aggregate(state, updates, weights)
-            weights, warnings = averaged.weights, [*warnings, *averaged.warnings]
-            if num_accepted == len(updates):  # else what each made of its factors is not known
-                error = self._product_error(state, updates, weights)
-        elif clients and not plan.server_steps and all(client.lost for client in plan.cohort):
-            new_state = replace(state, server_round=server_round)  # as planned
-        else:
-            shortage = self._shortage(num_accepted, list(results.values()), warnings)
-            new_state = self._barren(state, updates, shortage)
-            warnings = [*warnings, f"the adapter stays as it was: {shortage}"]
+        complaints = [f"{r.client_id} {r.status}: {r.reason}" for r in results.values() if r.reason]
+        combined = self._combining.combine(
+            state,
+            plan,
+            updates,
+            self.rungs,
+            is_anybody_there=bool(clients),
+            complaints=[*complaints, *warnings],
+        )
         new_state = replace(
-            new_state,
+            combined.state,
             num_rejections=num_rejections,
             private_steps=self._private_steps(state, plan, clients),
         )
-        share_of = dict(zip((u.result.client_id for u in updates), weights, strict=False))
+        share_of = dict(zip((u.result.client_id for u in updates), combined.weights, strict=False))
         participants = tuple(
             replace(
                 result,
@@ -235,7 +218,7 @@ class Federation:
             server_round=server_round,
             train_loss=_train_loss(updates),
             update_norm=update_norm(new_state.adapter, state.adapter),
-            product_error=error,
+            product_error=combined.product_error,
             participants=participants,
             bytes_down=sum(sent.bytes_down for sent in exchange.traffic.values()),
             bytes_up=bytes_up,
@@ -247,7 +230,7 @@ class Federation:
             simulated=plan.simulated,
             set_aside=tuple(self._defence.set_aside(num_rejections)),
             privacy=self._privacy.record(new_state.private_steps, server_round),
-            warnings=tuple(warnings),
+            warnings=(*warnings, *combined.warnings),
         )
 
     def _private_steps(
@@ -272,80 +255,6 @@ class Federation:
             held = (n for n in client.held_rungs if self.rungs[n].sha256 == old[n].sha256)
             clients[client_id] = replace(client, held_rungs=tuple(held))
         return refresh_bytes
-
-    def _product_error(
-        self, state: FederationState, updates: list[Outcome], weights: list[float]
-    ) -> float | None:
-        """Return what averaging the factors does wrong where all have them."""
-        tuned = [self._tuned_adapter(state, update) for update in updates]
-        return product_error(common(tuned, [self._slices_of(u) for u in updates]), weights)
-
-    def _slices_of(self, update: Outcome) -> Slices:
-        """Return the entries of the tensors that a participant has in part."""
-        rung = self.rungs.get(update.result.rung)
-        return {} if rung is None else rung.slices
-
-    def _tuned_adapter(self, state: FederationState, update: Outcome) -> dict[str, np.ndarray]:
-        """Return the adapter of a participant's own blocks, with what the round froze."""
-        rung = self.rungs.get(update.result.rung)
-        adapter = state.adapter if rung is None else rung.own(state.adapter)
-        return {**adapter, **update.arrays}
-
-    def _ask(
-        self,
-        state: FederationState,
-        lasting: Mapping[str, Mapping[str, State]],
-        exchange: Exchange,
-    ) -> tuple[dict[str, ClientState], list[str]]:
-        """Ask every node what it has; one that does not answer properly sits out, with a warning.
-
-        Clients come in the order of their names, so that no draw depends on who answered first.
-        """
-        set_aside = self._defence.set_aside(state.num_rejections)
-        nodes = sorted(set(exchange.nodes()).difference(set_aside))
-        parts = list(dict.fromkeys(sha256 for own in lasting.values() for sha256 in own))
-        question = {"parts": parts} if parts else {}
-        if self._reception is None:
-            hello = encode(Payload(record=question))
-            replies = exchange.collect("hello", dict.fromkeys(nodes, hello))
-        else:
-            replies = self._reception.receive(nodes, question, exchange)
-        clients, warnings = {}, []
-        for node in nodes:
-            try:
-                clients[node] = self._client_state(node, replies.get(node), state, parts)
-            except WireError as error:
-                warnings.append(f"{shown(node)} sits out: {one_line(str(error))}")
-        return clients, warnings
-
-    def _client_state(
-        self,
-        node: str,
-        reply: Reply | None,
-        state: FederationState,
-        parts: Sequence[str],
-    ) -> ClientState:
-        if node == SERVER_ID:
-            raise WireError(f"no device may be called {SERVER_ID!r}")
-        if reply is None or reply.content is None:
-            raise WireError(reply.error if reply is not None else "no answer before the deadline")
-        record = decode(reply.content, MAX_ANSWER_BYTES).record
-        if (record.get("secure") is True) != (self._secure is not None):
-            own, others = ("false", "true") if self._secure is None else ("true", "false")
-            raise WireError(
-                f"federated.secure_aggregation must be as here, {own}, on the device, got {others}"
-            )
-        if self._secure is None:  # else it is nobody's business
-            check_num_examples(record.get("num_examples"), self._limits.max_examples)
-        held = check_held("held", record.get("held"))
-        rungs = tuple(name for name, rung in self.rungs.items() if rung.sha256 in held)
-        held_parts = check_held("emulator_parts", record.get("emulator_parts"))
-        kept = next((sha256 for sha256 in parts if sha256 == record.get("kept")), "")
-        is_hidden = self._privacy.client is not None  # who is chosen must not tell of its data
-        last_loss = None if is_hidden else state.last_losses.get(node)
-        return ClientState(
-            node, record.get("num_examples", 0), rungs, frozenset(held_parts), last_loss, kept
-        )
 
     def _check_plan(
         self, server_round: int, plan: RoundPlan, clients: Mapping[str, ClientState]
@@ -531,64 +440,6 @@ class Federation:
         tuned = self._lora.tuned_part(server_round)
         return [self._server_training(state.adapter, tuned, plan.server_steps, first_step, seed)]
 
-    def _aggregate(
-        self, state: FederationState, updates: list[Outcome], weights: list[float]
-    ) -> tuple[FederationState, Averaged]:
-        pieces = Pieces(state.adapter, [rung.slices for rung in self.rungs.values()])
-        tuned = [pieces.cut(u.arrays, self._slices_of(u)) for u in updates]
-        current = pieces.cut(state.adapter, {})
-        trusted = [u.result.role == "server" for u in updates]
-        averaged = self._defence.average(tuned, weights, trusted, current, self._lora)
-        return self._stepped(state, updates, pieces, averaged), averaged
-
-    def _aggregate_privately(
-        self, state: FederationState, plan: RoundPlan, updates: list[Outcome]
-    ) -> tuple[FederationState, Averaged]:
-        assert self._privacy.client is not None
-        pieces = Pieces(state.adapter, [rung.slices for rung in self.rungs.values()])
-        tuned = [pieces.cut(u.arrays, self._slices_of(u)) for u in updates]
-        rung = next(iter(self.rungs.values()))  # all have the same tensors, or there is but one
-        part = self._lora.tuned_part(state.server_round + 1)
-        held = pieces.cut(part_of(rung.own(state.adapter), part), rung.slices)
-        trusted = [u.result.role == "server" for u in updates]
-        averaged = self._privacy.client.average(tuned, trusted, held, plan, state.server_round + 1)
-        return self._stepped(state, updates, pieces, averaged), averaged
-
-    def _stepped(
-        self, state: FederationState, updates: list[Outcome], pieces: Pieces, averaged: Averaged
-    ) -> FederationState:
-        current, moments = pieces.cut(state.adapter, {}), dict(state.moments)
-        new, moments = self._optimizer.step(current, averaged.tensors, moments)
-        return FederationState(
-            state.server_round + 1, pieces.join(new), moments, _losses_after(state, updates)
-        )
-
-    def _shortage(
-        self, num_accepted: int, results: list[ParticipantResult], warnings: list[str]
-    ) -> str:
-        reasons = [f"{r.client_id} {r.status}: {r.reason}" for r in results if r.reason] + warnings
-        text = "; ".join(reasons[:_MOST_REASONS]) or "nobody took part"
-        if len(reasons) > _MOST_REASONS:
-            text += f"; and {len(reasons) - _MOST_REASONS} more"
-        return f"{num_accepted} updates accepted, {self._min_clients} wanted; {text}"
-
-    def _barren(
-        self, state: FederationState, updates: list[Outcome], shortage: str
-    ) -> FederationState:
-        """Keep the adapter when too few updates came; give up when that goes on."""
-        server_round, num_barren_rounds = state.server_round + 1, state.num_barren_rounds + 1
-        if num_barren_rounds >= MAX_BARREN_ROUNDS:
-            raise AggregationError(
-                f"round {server_round}, the last of {num_barren_rounds} in a row without enough "
-                f"updates: {shortage}"
-            )
-        return replace(
-            state,
-            server_round=server_round,
-            last_losses=_losses_after(state, updates),
-            num_barren_rounds=num_barren_rounds,
-        )
-
 
 def _if_held(reply: Reply | None, sha256: str) -> Reply | None:
     """Return the reply to a "hold" message; a failure if it does not say that all is there."""
@@ -601,15 +452,6 @@ def _if_held(reply: Reply | None, sha256: str) -> Reply | None:
     if held != sha256:
         return replace(reply, content=None, error=f"held must be {sha256[:12]}, got {shown(held)}")
     return reply
-
-
-def _losses_after(state: FederationState, updates: list[Outcome]) -> dict[str, float]:
-    new = {
-        u.result.client_id: u.mean_loss
-        for u in updates
-        if u.mean_loss is not None and u.num_devices == 1
-    }
-    return {**state.last_losses, **new}
 
 
 def _train_loss(updates: list[Outcome]) -> float | None:
