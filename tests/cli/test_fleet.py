@@ -145,6 +145,12 @@ def test_a_method_without_devices(refused: Refused, served: Any) -> None:
     assert line.endswith("on a fleet, got centralized")
 
 
+def test_noise_that_a_server_cannot_decide_on(refused: Refused, served: Any) -> None:
+    line = refused("serve", served(), "--privacy.noise", "seed")
+    assert line.startswith("privacy.noise must be secret on a fleet")
+    assert line.endswith("got seed")
+
+
 def test_settings_that_differ_from_those_of_the_run(
     refused: Refused, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

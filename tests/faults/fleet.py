@@ -45,13 +45,7 @@ HIDING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--federated.secure-aggregation"],
     ),
     "noise": (
-        {
-            "privacy": {
-                "example_noise_multiplier": 1.0,
-                "example_clip_norm": 0.1,
-                "noise": "seed",  # which a run in process can draw as well
-            }
-        },
+        {"privacy": {"example_noise_multiplier": 1.0, "example_clip_norm": 0.1}},
         ["--privacy.example-noise-multiplier", "1"],
     ),
 }
@@ -214,7 +208,7 @@ class Fleet:
         device.start()
 
     def _give_noise(self, name: str) -> None:
-        """Let a device draw the noise that it would draw in a run in process."""
+        """Let a device draw the noise of the seed, which a run in process can draw as well."""
         own = self.folder / name
         own.mkdir(exist_ok=True)
         noise = NoiseSource.of_seed(self.config.seed).child("device", name)

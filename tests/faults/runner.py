@@ -268,6 +268,7 @@ def in_process(config: Any, folder: Path, accepted: set[tuple[int, str]] | None 
         The run folder.
     """
     _Replaying.accepted = accepted
+    changes = {"output_dir": str(folder), "name": "run", "privacy": {"noise": "seed"}}
     with mock.patch.object(bench, "InProcessTransport", _Replaying):
-        run(override(config, {"output_dir": str(folder), "name": "run"}), overwrite=True)
+        run(override(config, changes), overwrite=True)
     return folder / "run"

@@ -115,6 +115,11 @@ def _require_for_a_fleet(config: Config) -> None:
         raise ConfigError(
             f"method must be one of {', '.join(allowed)} on a fleet, got {config.method}"
         )
+    if config.privacy.noise != "secret":
+        raise ConfigError(
+            "privacy.noise must be secret on a fleet, whose devices draw noise from keys of their "
+            f"own, got {config.privacy.noise}"
+        )
 
 
 def _prepare(
