@@ -340,12 +340,9 @@ def _inversion(
     """Return how much of one text each is read back from the updates of some devices."""
     names = list(texts)[: plan.num_texts]
     length = min(plan.inversion_tokens, bench.config.data.block_size)
-    rows = {
-        n: generator(plan.seed, "text", n).permutation(texts[n].num_examples)[:2] for n in names
-    }
     victims, guesses = [], []
     for name in names:
-        cut = _cut(_taken(texts[name], rows[name]), length)
+        cut = _cut(_counting(name, texts[name], plan), length)
         victims.append(Victim(name, _taken(cut, np.arange(1)), cut))
         guesses.append(cut.input_ids[-1].tolist())  # another text of the same device
     truth = [victim.text.input_ids[0].tolist() for victim in victims]
@@ -382,9 +379,31 @@ def _inversion(
     return found
 
 
+def _counting(name: str, text: PackedText, plan: PrivacyAuditPlan) -> PackedText:
+    """Return two blocks of a device in which tokens count, drawn by its name.
+
+    Raises:
+        DataError: If it has not two of them.
+    """
+    order = generator(plan.seed, "text", name).permutation(text.num_examples)
+    rows = [row for row in order if text.loss_mask[row, 1:].any()][:2]
+    if len(rows) < 2:
+        raise DataError(f"{name} must have 2 blocks of text that count in the loss")
+    return _taken(text, np.array(rows))
+
+
 def _cut(text: PackedText, length: int) -> PackedText:
+    """Return of each block those tokens in a row of which most count; of equal ones the first.
+
+    The first of them does not count: nothing comes before it.
+    """
+    ends = text.loss_mask.cumsum(1)
+    first = (ends[:, length - 1 :] - ends[:, : ends.shape[1] - length + 1]).argmax(1)
+    places = first[:, None] + np.arange(length)
     return PackedText(
-        text.input_ids[:, :length], text.loss_mask[:, :length], text.token_bytes[:, :length]
+        np.take_along_axis(text.input_ids, places, 1),
+        np.take_along_axis(text.loss_mask, places, 1),
+        np.take_along_axis(text.token_bytes, places, 1),
     )
 
 

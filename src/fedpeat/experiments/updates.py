@@ -109,7 +109,7 @@ def _noised_sum(updates: Sequence[State], training: Training) -> dict[str, np.nd
     norms = [_norm(update) for update in updates]
     bound = training.client_clip_norm or float(np.median(norms))
     clipped = [
-        {name: array * min(1.0, bound / norm) for name, array in update.items()}
+        {name: array * (min(1.0, bound / norm) if norm else 1.0) for name, array in update.items()}
         for update, norm in zip(updates, norms, strict=True)
     ]
     noise = NoiseSource.of_seed(derive_seed(training.seed, "audit", "client noise"))
