@@ -88,12 +88,6 @@ def test_shards_are_what_simulated_devices_have(
     assert all(path.stat().st_size for path in paths)
 
 
-def test_shards_are_of_text(refused: Refused, config_file: ConfigFile, tmp_path: Path) -> None:
-    config = config_file(model={"task": "image_classification"})
-    line = refused("shards", config, tmp_path / "shards")
-    assert line == "model.task must be causal_lm to write shards, got image_classification"
-
-
 # --- serve ---------------------------------------------------------------------------------------
 
 

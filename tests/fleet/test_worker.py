@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import stat
 import threading
@@ -36,7 +37,14 @@ from fedpeat.federated.flower.worker import Device, serve_device
 from fedpeat.federated.in_process import InProcessTransport
 from fedpeat.federated.shelf import EmulatorShelf
 from fleet.doors import Door, keys_in, open_gate
-from tiny import random_text, tiny_settings
+from tiny import (
+    CLASSES,
+    random_text,
+    tiny_image_settings,
+    tiny_processor,
+    tiny_settings,
+    tiny_vit,
+)
 
 HELLO = encode(Payload(record={"version": VERSION, "welcome": "w"}))
 
@@ -121,6 +129,45 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
     first, *others = rounds_of(tmp_path / "fleet" / "tiny")[1:]
     assert all(p["bytes_emulator"] > 0 for p in first["participants"] if p["role"] == "device")
     assert all(p["bytes_emulator"] == 0 for line in others for p in line["participants"])
+
+
+def test_devices_number_classes_as_the_server_does_and_not_by_those_they_have(
+    images_dir: Path, door: Door, tmp_path: Path
+) -> None:
+    vit = tmp_path / "vit"  # it has no names for its classes
+    model = tiny_vit()
+    model.config.id2label = {number: f"LABEL_{number}" for number in range(len(CLASSES))}
+    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+    model.save_pretrained(vit)
+    tiny_processor().save_pretrained(vit)
+    settings = tiny_image_settings(vit, images_dir, tmp_path / "simulated")
+    few_kinds = {"source": str(images_dir), "partition": "dirichlet", "alpha": 0.05}
+    config = config_from_dict({**settings, "data": {**few_kinds, "num_clients": 4}})
+    run(config)
+    _, sites = on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
+    kinds = [sorted(p.name for p in (tmp_path / "shards" / name).iterdir()) for name in sites]
+    assert any(own != list(CLASSES)[: len(own)] for own in kinds), "each has the first ones"
+    name = "tiny/adapter/adapter_model.safetensors"
+    assert (tmp_path / "fleet" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
+
+
+def test_a_device_with_a_class_that_the_server_does_not_know_is_told_so(
+    images_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images_dir / "dot", tmp_path / "new" / "line")
+    own = replace(Config(), data=DataConfig(source=str(tmp_path / "new")))
+    processor = tmp_path / "processor"
+    tiny_processor().save_pretrained(processor)
+    files = {path.name: path.read_bytes() for path in processor.iterdir()}
+    welcome = {
+        "task": "image_classification",
+        "labels": {"0": "bar", "1": "dot"},
+        "num_channels": 1,
+        "block_size": 16,
+        **dict.fromkeys(["max_tokens_per_client", "max_examples_per_client"]),
+    }
+    with pytest.raises(DataError, match="the model has no class for 'line'; its 2 are bar, dot"):
+        reader(own, "ann")(welcome, files)
 
 
 def test_a_task_that_comes_twice_is_done_once(

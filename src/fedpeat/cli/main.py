@@ -333,10 +333,14 @@ def _add_fleet(commands: Commands) -> None:
     parser.add_argument(
         "--folder", type=Path, help="where emulators are kept (fedpeat-device, beside the keys)"
     )
-    text = "write what each simulated device of a run owns into a file of its own"
+    text = "write what each simulated device of a run owns: text or images"
     parser = _add(commands, "shards", text, _shards, overrides=True)
     parser.add_argument("config", help="YAML file with settings")
-    parser.add_argument("folder", type=Path, help="folder to write NAME.jsonl into")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="folder to write into: NAME.jsonl, or NAME with a folder for each class",
+    )
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -60,9 +60,18 @@ Kind_co = TypeVar("Kind_co", bound=Examples, covariant=True)
 
 @dataclass(frozen=True)
 class FederatedData(Generic[Kind_co]):
-    """Examples of every client, of the server (None without any) and of the held-out splits."""
+    """Examples of every client, of the server (None without any) and of the held-out splits.
+
+    Attributes:
+        clients: Those of each client, by its name.
+        server: Those of the server; None if it has none.
+        validation: Those that choose the best round.
+        test: Those that the result is measured with.
+        classes: Name of each class by its number, where examples have classes.
+    """
 
     clients: Mapping[str, Kind_co]
     server: Kind_co | None
     validation: Kind_co
     test: Kind_co
+    classes: Mapping[int, str] = field(default_factory=dict)

@@ -66,6 +66,7 @@ def load_federated_images(
         server=held_out("server", shared.server) if config.server_ratio else None,
         validation=held_out("validation", shared.validation).spread(config.max_eval_blocks),
         test=held_out("test", shared.test).spread(config.max_eval_blocks),
+        classes={number: name for name, number in numbers.items()},
     )
 
 
@@ -73,6 +74,13 @@ def load_own_images(
     config: DataConfig, processor: Any, labels: Mapping[int, str], num_channels: int, name: str
 ) -> ImageSet:
     """Read the images of one owner, who has all of the source.
+
+    Args:
+        config: Where the images are.
+        processor: The network's image processor.
+        labels: Name of each class by its number, as the owner of the network has them.
+        num_channels: Channels that the network takes.
+        name: Of the owner.
 
     Raises:
         DataError: If the source is missing or damaged, empty, or has a class that the network does

@@ -416,7 +416,7 @@ def _reception(bench: Bench, fleet: Fleet) -> Reception:
         "block_size": data.block_size,
         "max_tokens_per_client": data.max_tokens_per_client,
         "max_examples_per_client": data.max_examples_per_client,
-        **bench.task.welcome(bench.loaded),
+        **bench.task.welcome(bench.loaded, bench.data),
     }
     with TemporaryDirectory() as folder:
         bench.loaded.processor.save_pretrained(folder)

@@ -30,7 +30,7 @@ class Task:
         auto: Class of transformers that finds the network with its head.
         load_processor: Loads its tokenizer or image processor.
         read: Reads who owns which data, as the network takes it.
-        welcome: What a device must know of the network to read its own data.
+        welcome: What a device must know of the network, and of the server's data, to read its own.
         read_own: Reads a device's own data: (settings, processor, welcome, name of the device).
         metric: What measures it; a key of ``METRICS`` in ``tuning/evaluation.py``.
         unit: What budgets and speeds are counted in.
@@ -39,7 +39,7 @@ class Task:
     auto: Any
     load_processor: Callable[..., Any]
     read: Callable[[Config, LoadedModel], FederatedData[Examples]]
-    welcome: Callable[[LoadedModel], dict[str, Any]]
+    welcome: Callable[[LoadedModel, FederatedData[Examples]], dict[str, Any]]
     read_own: Callable[[DataConfig, Any, Mapping[str, Any], str], Examples]
     metric: str
     unit: str
@@ -63,14 +63,14 @@ def _read_images(config: Config, loaded: LoadedModel) -> FederatedData[Examples]
     return load_federated_images(config.data, loaded.processor, labels, num_channels, config.seed)
 
 
-def _text_welcome(_: LoadedModel) -> dict[str, Any]:
+def _text_welcome(_: LoadedModel, __: FederatedData[Examples]) -> dict[str, Any]:
     return {}
 
 
-def _image_welcome(loaded: LoadedModel) -> dict[str, Any]:
-    settings = loaded.model.config
-    labels = {str(number): name for number, name in (settings.id2label or {}).items()}
-    return {"labels": labels, "num_channels": getattr(settings, "num_channels", 3)}
+def _image_welcome(loaded: LoadedModel, data: FederatedData[Examples]) -> dict[str, Any]:
+    """Return the classes as the server numbers them: a device need not have images of all."""
+    labels = {str(number): name for number, name in data.classes.items()}
+    return {"labels": labels, "num_channels": getattr(loaded.model.config, "num_channels", 3)}
 
 
 def _read_own_text(config: DataConfig, processor: Any, _: Mapping[str, Any], name: str) -> Examples:
