@@ -131,6 +131,28 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
     assert all(p["bytes_emulator"] == 0 for line in others for p in line["participants"])
 
 
+def test_a_controllers_plans_work_on_devices_as_on_simulated_ones(
+    model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
+) -> None:
+    config = config_of(
+        model_dir,
+        corpus_file,
+        tmp_path / "simulated",
+        federated={"num_rounds": 6},
+        emulator={"recipe": "layer_drop:0.75", "lower_rungs": [0.5, 0.25]},
+        world={"preset": "mixed"},
+        controller={"kind": "random", "local_steps": [1, 3], "server_steps": [0, 2]},
+    )
+    run(config)
+    on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
+    name = "tiny/adapter/adapter_model.safetensors"
+    assert (tmp_path / "fleet" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
+    lines, wanted = (rounds_of(tmp_path / where / "tiny") for where in ("fleet", "simulated"))
+    for line, other in zip(lines, wanted, strict=True):  # the text measured is the server's here
+        assert line["simulated"] == pytest.approx(other["simulated"], rel=1e-3)
+    assert len({p["rung"] for line in lines for p in line["participants"]}) > 2
+
+
 def test_devices_number_classes_as_the_server_does_and_not_by_those_they_have(
     images_dir: Path, door: Door, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
 from fedpeat.adapter.lora import Part, part_of
 from fedpeat.core.errors import ConfigError, EmulatorError, WorldError
 from fedpeat.core.seeds import derive_seed
+from fedpeat.data.examples import Examples
 from fedpeat.emulator.update import UPDATE
 from fedpeat.experiments.bench import Bench, update_codec
 from fedpeat.experiments.fidelity import Probe
@@ -102,10 +103,10 @@ def _load_of(bench: Bench, name: str, rung: Rung) -> RungLoad:
 
 def _turn(bench: Bench, rung: Rung, tuned: Part) -> _Turn:
     """Let a device make one step, as the round loop asks for it, and measure that."""
-    local, client_id = bench.config.local, min(bench.data.clients)
+    local, client_id = bench.config.local, min(bench.client_ids)
     adapter = rung.own(bench.server.state())
     sent = part_of(adapter, tuned)
-    participant = Participant(client_id, bench.data.clients[client_id], bench.shelf)
+    participant = Participant(client_id, _data_of_a_device(bench), bench.shelf)
     kept = {name: array for name, array in adapter.items() if name not in sent}
     participant.restore({"held": [rung.sha256], "parts": []}, kept)
 
@@ -141,10 +142,16 @@ def _turn(bench: Bench, rung: Rung, tuned: Part) -> _Turn:
     )
 
 
+def _data_of_a_device(bench: Bench) -> Examples:
+    """Return a device's data; where real devices keep theirs, the server's, of the same shape."""
+    clients = bench.data.clients
+    return clients[min(clients)] if clients else bench.data.validation
+
+
 def _server_step_flops(bench: Bench) -> float:
     """Return the operations of a step on the full model, on a device's batch."""
     batch_size = bench.config.local.local_batch_size
-    data = bench.data.clients[min(bench.data.clients)].spread(batch_size)
+    data = _data_of_a_device(bench).spread(batch_size)
     counts = []
     for tuned in _tuned_parts(bench):
         names = part_of(bench.server.parameters, tuned)
