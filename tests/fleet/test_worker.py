@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeat.config.loading import config_from_dict
+from fedpeat.config.loading import config_from_dict, override
 from fedpeat.config.schema import Config, DataConfig
 from fedpeat.core.errors import DataError, WireError
 from fedpeat.core.noise import NoiseSource
@@ -129,6 +129,47 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
     first, *others = rounds_of(tmp_path / "fleet" / "tiny")[1:]
     assert all(p["bytes_emulator"] > 0 for p in first["participants"] if p["role"] == "device")
     assert all(p["bytes_emulator"] == 0 for line in others for p in line["participants"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "server": {"realign_every": 1, "realign_tokens": 512, "realign_rank": 2},
+            "emulator": {"distill_batch_size": 4},
+        },
+        {
+            "emulator": {"recipe": "layer_drop:0.75", "lower_rungs": [0.5]},
+            "federated": {"client_rungs": [0.5, 0.75]},
+        },
+        {"federated": {"client_ranks": [1, 2], "lora_aggregation": "svd"}},
+        {"federated": {"update_codec": "int8", "robust_rule": "median", "max_rejections": 2}},
+        {"adapter": {"placement": "all"}, "emulator": {"recipe": "width:0.5"}},
+        {"adapter": {"method": "prompt"}},
+        {"method": "fed_ft"},
+    ],
+    ids=["alignment", "ladder", "ranks", "codec and rule", "width", "prompt", "fed_ft"],
+)
+def test_what_is_tuned_on_devices_is_what_is_tuned_in_process(
+    changes: dict[str, Any], model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
+) -> None:
+    config = config_of(model_dir, corpus_file, tmp_path / "simulated", federated={"num_rounds": 3})
+    config = override(config, changes)
+    run(config)
+    on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
+    tuned, wanted = (
+        [
+            path.read_bytes()
+            for path in sorted((tmp_path / where).glob("tiny/adapter/*.safetensors"))
+        ]
+        for where in ("fleet", "simulated")
+    )
+    assert tuned == wanted
+    assert len(tuned) == 1
+    accepted = {
+        p["status"] for line in rounds_of(tmp_path / "fleet/tiny") for p in line["participants"]
+    }
+    assert accepted == {"accepted"}
 
 
 def test_a_controllers_plans_work_on_devices_as_on_simulated_ones(
