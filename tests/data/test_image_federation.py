@@ -19,7 +19,7 @@ from PIL import Image
 from fedpeat.config.schema import DataConfig
 from fedpeat.core.errors import ConfigError, DataError
 from fedpeat.data.examples import FederatedData
-from fedpeat.data.image_federation import class_numbers, load_federated_images
+from fedpeat.data.image_federation import class_numbers, load_federated_images, load_own_images
 from fedpeat.data.images import ImageSet
 from tiny import CLASSES, drawn_image, tiny_processor, write_images
 
@@ -132,9 +132,28 @@ def test_classes_go_by_the_models_names(images_dir: Path) -> None:
 
 
 def test_classes_without_names_in_the_model_are_numbers_or_are_counted() -> None:
-    assert class_numbers({"1", "0"}, (), UNNAMED) == {"0": 0, "1": 1}
+    assert class_numbers({"1", "00"}, (), UNNAMED) == {"0": 0, "00": 0, "1": 1, "2": 2}
     assert class_numbers({"b", "a"}, (), UNNAMED) == {"a": 0, "b": 1}
     assert class_numbers({"b", "a"}, ("b", "c", "a"), UNNAMED)["a"] == 2
+
+
+def test_an_owner_has_the_numbers_that_it_is_given(images_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(images_dir / "dot", tmp_path / "own" / "LABEL_1")
+    config = config_of(tmp_path / "own")
+    own = load_own_images(config, tiny_processor(), UNNAMED, 1, "ann")
+    assert set(own.classes.tolist()) == {1}
+    for labels in (NAMED, {0: "LABEL_0", 2: "LABEL_2"}):
+        with pytest.raises(DataError, match="the model has no class for 'LABEL_1'; its "):
+            load_own_images(config, tiny_processor(), labels, 1, "ann")
+
+
+def test_all_classes_that_others_may_have_are_told(images_dir: Path, tmp_path: Path) -> None:
+    assert load(config_of(images_dir)).classes == NAMED
+    assert load(config_of(images_dir), UNNAMED).classes == dict(enumerate(CLASSES))
+    for number, name in ((0, "bar"), (2, "dot")):
+        shutil.copytree(images_dir / name, tmp_path / "numbers" / str(number))
+    data = load(config_of(tmp_path / "numbers"), UNNAMED)
+    assert data.classes == {0: "0", 1: "1", 2: "2"}
 
 
 def test_the_cap_on_examples_is_one_on_images(images_dir: Path) -> None:

@@ -87,10 +87,12 @@ def load_own_images(
             not know.
     """
     maker = ImageInputs(processor, num_channels)
-    corpus, classes = read_image_corpus(config, maker)
+    corpus, _ = read_image_corpus(config, maker)
     if not corpus.documents:
         raise DataError(f"{name} must have at least one image, got none in {config.source}")
-    own = ImageSet.of(corpus.documents, class_numbers(_names(corpus), classes, labels), maker)
+    numbers = {label: number for number, label in labels.items()}
+    _require_known(_names(corpus), numbers, labels)
+    own = ImageSet.of(corpus.documents, numbers, maker)
     return own.spread(config.max_examples_per_client) if config.max_examples_per_client else own
 
 
@@ -166,11 +168,17 @@ def class_numbers(
     """
     if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
         if all(name.isdecimal() for name in names):
-            numbers = {name: int(name) for name in names}
+            numbers = {str(number): number for number in labels}
+            numbers |= {name: int(name) for name in names}
         else:
             numbers = {name: i for i, name in enumerate(classes or sorted(names))}
     else:
         numbers = {name: number for number, name in labels.items()}
+    _require_known(names, numbers, labels)
+    return numbers
+
+
+def _require_known(names: set[str], numbers: Mapping[str, int], labels: Mapping[int, str]) -> None:
     unknown = sorted(name for name in names if numbers.get(name) not in labels)
     if unknown:
         named = ", ".join(map(repr, unknown[:_MAX_NAMED]))
@@ -180,4 +188,3 @@ def class_numbers(
             f"the model has no class for {named}{more}; its {len(labels)} are {known}"
             f"{', ...' if len(labels) > _MAX_NAMED else ''}"
         )
-    return numbers
