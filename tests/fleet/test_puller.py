@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -12,6 +13,8 @@ from fedpeat.federated.flower import puller
 from fedpeat.federated.flower.puller import Puller
 
 pytestmark = pytest.mark.usefixtures("on_the_server")
+
+_PATIENCE_SECONDS = 20.0
 
 
 class Link:
@@ -44,33 +47,36 @@ def ids(found: list[tuple[str, Message]]) -> list[str]:
     return [message_id for message_id, _ in found]
 
 
+def until(
+    pulling: Puller, message_ids: list[str], is_enough: Callable[[list[str]], bool]
+) -> list[str]:
+    """Ask until something holds, and return whose replies have come until then."""
+    found: list[str] = []
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < end:
+        found += ids(pulling.pulled([i for i in message_ids if i not in found]))
+        if is_enough(found):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"only {found}")
+
+
 def until_come(pulling: Puller, message_ids: list[str], count: int) -> list[str]:
     """Ask until so many replies have come, and return whose they are in their order."""
-    found: list[str] = []
-    for _ in range(50):
-        found += ids(pulling.pulled([i for i in message_ids if i not in found]))
-        if len(found) >= count:
-            return found
-    raise AssertionError(f"only {found}")
+    return until(pulling, message_ids, lambda found: len(found) >= count)
 
 
 def until_stuck(pulling: Puller, message_ids: list[str]) -> list[str]:
     """Ask until a question is left to wait alone, and return whose replies have come."""
-    found: list[str] = []
-    for _ in range(50):
-        found += ids(pulling.pulled([i for i in message_ids if i not in found]))
-        if pulling.stuck():
-            return found
-    raise AssertionError("no question is stuck")
+    return until(pulling, message_ids, lambda _: bool(pulling.stuck()))
 
 
 def until_free(pulling: Puller) -> None:
     """Wait until no question is stuck any more."""
-    for _ in range(500):
-        if not pulling.stuck():
-            return
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while pulling.stuck():
+        assert time.monotonic() < end, f"still stuck: {pulling.stuck()}"
         time.sleep(0.01)
-    raise AssertionError(f"still stuck: {pulling.stuck()}")
 
 
 def test_what_has_come_is_returned_with_its_question() -> None:
@@ -89,6 +95,16 @@ def test_a_stuck_question_waits_alone() -> None:
     assert until_come(pulling, ["stuck"], 1) == ["stuck"]
     until_free(pulling)
     assert link.asked == ["a", "stuck", "b"]  # who was stuck does not go on where others did
+
+
+def test_what_a_stuck_question_found_is_not_asked_for_again() -> None:
+    link = Link()
+    pulling = Puller(link.pull)
+    assert until_stuck(pulling, ["stuck"]) == []
+    link.stuck["stuck"].set()
+    until_free(pulling)
+    assert until_come(pulling, ["stuck"], 1) == ["stuck"]
+    assert link.asked == ["stuck"]
 
 
 def test_many_questions_that_take_their_time_are_asked_once() -> None:

@@ -295,10 +295,11 @@ class Stuck(FakeGrid):
 
 
 def poll_until(reaching: FlowerTransport, tickets: dict[str, str], node: str) -> Reply:
-    for _ in range(20):
+    for _ in range(500):
         for _, reply in reaching.poll(tickets):
             if reply.node == node:
                 return reply
+        time.sleep(0.01)
     raise AssertionError(f"no reply of {node}")
 
 

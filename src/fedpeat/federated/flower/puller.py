@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -47,6 +47,7 @@ class Puller:
     def __init__(self, pull: Callable[[list[str]], Iterable[Message]]) -> None:
         self._pull = pull
         self._found: SimpleQueue[tuple[str, Message | Exception]] = SimpleQueue()
+        self._arrived: list[tuple[str, Message | Exception]] = []
         self._current: _Sweep | None = None
         self._stuck: list[_Sweep] = []
 
@@ -62,8 +63,9 @@ class Puller:
             Exception: What a question for one of them raised.
         """
         if self._current is None:
-            stuck = set(self.stuck())
-            self._current = self._sweep([i for i in message_ids if i not in stuck])
+            stuck = set(self.stuck())  # whoever is not any more has put down what it found
+            known = stuck.union(message_id for message_id, _ in self._arrivals())
+            self._current = self._sweep([i for i in message_ids if i not in known])
         assert self._current.thread is not None
         self._current.thread.join(_STUCK_SECONDS)
         if self._current.is_over:
@@ -73,7 +75,9 @@ class Puller:
             self._stuck.append(self._current)
             self._current = None
         found = []
-        for message_id, message in self._all():
+        arrived = self._arrivals()
+        while arrived:
+            message_id, message = arrived.pop(0)
             if message_id in message_ids:
                 if isinstance(message, Exception):
                     raise message
@@ -98,7 +102,9 @@ class Puller:
                 self._found.put((message_id, error))
                 return
 
-    def _all(self) -> Iterator[tuple[str, Message | Exception]]:
+    def _arrivals(self) -> list[tuple[str, Message | Exception]]:
+        """Return what has come and was not returned yet; who takes something takes it out."""
         with suppress(Empty):
             while True:
-                yield self._found.get_nowait()
+                self._arrived.append(self._found.get_nowait())
+        return self._arrived
