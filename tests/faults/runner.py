@@ -259,6 +259,8 @@ class _Replaying(InProcessTransport):
 def in_process(config: Any, folder: Path, accepted: set[tuple[int, str]] | None = None) -> Path:
     """Run the same settings in this process, with the updates that were accepted and no others.
 
+    Noise, if there is any, comes from the seed.
+
     Args:
         config: Settings of the run.
         folder: Where the run folder goes.

@@ -109,6 +109,19 @@ def on_devices(
     return summary, sites
 
 
+def assert_same_on_devices(config: Config, door: Door, folder: Path) -> dict[str, Site]:
+    """Run a federation in process and on devices, see one adapter come of both; return these."""
+    run(replace(config, output_dir=str(folder / "simulated")))
+    _, sites = on_devices(replace(config, output_dir=str(folder / "fleet")), door, folder)
+    tuned, wanted = (
+        [path.read_bytes() for path in sorted((folder / where).glob("tiny/adapter/*.safetensors"))]
+        for where in ("fleet", "simulated")
+    )
+    assert tuned == wanted
+    assert len(tuned) == 1
+    return sites
+
+
 def rounds_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -117,11 +130,8 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
     model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
 ) -> None:
     rounds = {"num_rounds": 2}
-    config = config_of(model_dir, corpus_file, tmp_path / "simulated", federated=rounds)
-    run(config)
-    _, sites = on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
-    name = "tiny/adapter/adapter_model.safetensors"
-    assert (tmp_path / "fleet" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
+    config = config_of(model_dir, corpus_file, tmp_path, federated=rounds)
+    sites = assert_same_on_devices(config, door, tmp_path)
     for site in sites.values():
         assert site.said[0].startswith("welcomed; ")
         assert site.said[1].startswith("holds emulator ")
@@ -153,19 +163,8 @@ def test_devices_tune_the_adapter_that_simulated_ones_do_bit_for_bit(
 def test_what_is_tuned_on_devices_is_what_is_tuned_in_process(
     changes: dict[str, Any], model_dir: Path, corpus_file: Path, door: Door, tmp_path: Path
 ) -> None:
-    config = config_of(model_dir, corpus_file, tmp_path / "simulated", federated={"num_rounds": 3})
-    config = override(config, changes)
-    run(config)
-    on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
-    tuned, wanted = (
-        [
-            path.read_bytes()
-            for path in sorted((tmp_path / where).glob("tiny/adapter/*.safetensors"))
-        ]
-        for where in ("fleet", "simulated")
-    )
-    assert tuned == wanted
-    assert len(tuned) == 1
+    config = config_of(model_dir, corpus_file, tmp_path, federated={"num_rounds": 3})
+    assert_same_on_devices(override(config, changes), door, tmp_path)
     accepted = {
         p["status"] for line in rounds_of(tmp_path / "fleet/tiny") for p in line["participants"]
     }
@@ -178,16 +177,13 @@ def test_a_controllers_plans_work_on_devices_as_on_simulated_ones(
     config = config_of(
         model_dir,
         corpus_file,
-        tmp_path / "simulated",
+        tmp_path,
         federated={"num_rounds": 6},
         emulator={"recipe": "layer_drop:0.75", "lower_rungs": [0.5, 0.25]},
         world={"preset": "mixed"},
         controller={"kind": "random", "local_steps": [1, 3], "server_steps": [0, 2]},
     )
-    run(config)
-    on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
-    name = "tiny/adapter/adapter_model.safetensors"
-    assert (tmp_path / "fleet" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
+    assert_same_on_devices(config, door, tmp_path)
     lines, wanted = (rounds_of(tmp_path / where / "tiny") for where in ("fleet", "simulated"))
     for line, other in zip(lines, wanted, strict=True):  # the text measured is the server's here
         assert line["simulated"] == pytest.approx(other["simulated"], rel=1e-3)
@@ -203,15 +199,12 @@ def test_devices_number_classes_as_the_server_does_and_not_by_those_they_have(
     model.config.label2id = {name: number for number, name in model.config.id2label.items()}
     model.save_pretrained(vit)
     tiny_processor().save_pretrained(vit)
-    settings = tiny_image_settings(vit, images_dir, tmp_path / "simulated")
+    settings = tiny_image_settings(vit, images_dir, tmp_path)
     few_kinds = {"source": str(images_dir), "partition": "dirichlet", "alpha": 0.05}
     config = config_from_dict({**settings, "data": {**few_kinds, "num_clients": 4}})
-    run(config)
-    _, sites = on_devices(replace(config, output_dir=str(tmp_path / "fleet")), door, tmp_path)
+    sites = assert_same_on_devices(config, door, tmp_path)
     kinds = [sorted(p.name for p in (tmp_path / "shards" / name).iterdir()) for name in sites]
     assert any(own != list(CLASSES)[: len(own)] for own in kinds), "each has the first ones"
-    name = "tiny/adapter/adapter_model.safetensors"
-    assert (tmp_path / "fleet" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
 
 
 def test_a_device_with_a_class_that_the_server_does_not_know_is_told_so(

@@ -386,10 +386,10 @@ def _counting(name: str, text: PackedText, plan: PrivacyAuditPlan) -> PackedText
         DataError: If it has not two of them.
     """
     order = generator(plan.seed, "text", name).permutation(text.num_examples)
-    rows = [row for row in order if text.loss_mask[row, 1:].any()][:2]
+    rows = order[text.loss_mask[order, 1:].any(1)][:2]
     if len(rows) < 2:
         raise DataError(f"{name} must have 2 blocks of text that count in the loss")
-    return _taken(text, np.array(rows))
+    return _taken(text, rows)
 
 
 def _cut(text: PackedText, length: int) -> PackedText:

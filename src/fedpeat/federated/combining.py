@@ -14,7 +14,7 @@ from fedpeat.core.records import RoundPlan
 from fedpeat.federated.admission import Outcome, shares
 from fedpeat.federated.aggregation import LoraAggregation, ServerOptimizer
 from fedpeat.federated.privacy import Privacy
-from fedpeat.federated.robust import Averaged, Defence
+from fedpeat.federated.robust import Defence
 from fedpeat.federated.shelf import Rung
 from fedpeat.federated.state import FederationState
 
@@ -94,63 +94,47 @@ class Combining:
             AggregationError: If too few updates were accepted for the third time in a row.
         """
         num_accepted = sum(update.num_devices for update in updates)
-        if self._privacy.client is not None and is_anybody_there:  # even if none was drawn
-            return self._privately(state, plan, updates, rungs)
-        if num_accepted >= self._min_clients:
-            return self._averaged(state, updates, rungs)
+        is_private = self._privacy.client is not None and is_anybody_there  # even if none was drawn
+        if is_private or num_accepted >= self._min_clients:
+            return self._stepped(state, plan, updates, rungs, is_private=is_private)
         if is_anybody_there and not plan.server_steps and all(c.lost for c in plan.cohort):
             return Combined(replace(state, server_round=state.server_round + 1))  # as planned
         shortage = self._shortage(num_accepted, complaints)
         new_state = self._barren(state, updates, shortage)
         return Combined(new_state, warnings=(f"the adapter stays as it was: {shortage}",))
 
-    def _averaged(
-        self, state: FederationState, updates: Sequence[Outcome], rungs: Mapping[str, Rung]
-    ) -> Combined:
-        trust = {name: rung.trust for name, rung in rungs.items()}
-        weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
-        pieces = Pieces(state.adapter, [rung.slices for rung in rungs.values()])
-        tuned = [pieces.cut(u.arrays, _slices_of(u, rungs)) for u in updates]
-        current = pieces.cut(state.adapter, {})
-        trusted = [u.result.role == "server" for u in updates]
-        averaged = self._defence.average(tuned, weights, trusted, current, self._lora)
-        error = None
-        if all(update.num_devices == 1 for update in updates):  # else who made what is not known
-            error = _product_error(state, updates, averaged.weights, rungs)
-        new_state = self._stepped(state, updates, pieces, averaged)
-        return Combined(new_state, averaged.weights, error, averaged.warnings)
-
-    def _privately(
+    def _stepped(
         self,
         state: FederationState,
         plan: RoundPlan,
         updates: Sequence[Outcome],
         rungs: Mapping[str, Rung],
+        *,
+        is_private: bool,
     ) -> Combined:
-        assert self._privacy.client is not None
+        """Average the updates, and step."""
         pieces = Pieces(state.adapter, [rung.slices for rung in rungs.values()])
+        current = pieces.cut(state.adapter, {})
         tuned = [pieces.cut(u.arrays, _slices_of(u, rungs)) for u in updates]
-        rung = next(iter(rungs.values()))  # all have the same tensors, or there is but one
-        part = self._lora.tuned_part(state.server_round + 1)
-        held = pieces.cut(part_of(rung.own(state.adapter), part), rung.slices)
         trusted = [u.result.role == "server" for u in updates]
-        averaged = self._privacy.client.average(tuned, trusted, held, plan, state.server_round + 1)
-        error = _product_error(state, updates, averaged.weights, rungs)
-        new_state = self._stepped(state, updates, pieces, averaged)
-        return Combined(new_state, averaged.weights, error)
-
-    def _stepped(
-        self,
-        state: FederationState,
-        updates: Sequence[Outcome],
-        pieces: Pieces,
-        averaged: Averaged,
-    ) -> FederationState:
-        current, moments = pieces.cut(state.adapter, {}), dict(state.moments)
-        new, moments = self._optimizer.step(current, averaged.tensors, moments)
-        return FederationState(
-            state.server_round + 1, pieces.join(new), moments, _losses_after(state, updates)
-        )
+        server_round = state.server_round + 1
+        if is_private:
+            assert self._privacy.client is not None
+            rung = next(iter(rungs.values()))  # all have the same tensors, or there is but one
+            part = part_of(rung.own(state.adapter), self._lora.tuned_part(server_round))
+            held = pieces.cut(part, rung.slices)
+            averaged = self._privacy.client.average(tuned, trusted, held, plan, server_round)
+        else:
+            trust = {name: rung.trust for name, rung in rungs.items()}
+            weights = shares(self._defence.levelled(updates), self._server_weight_ratio, trust)
+            averaged = self._defence.average(tuned, weights, trusted, current, self._lora)
+        error = None
+        if all(update.num_devices == 1 for update in updates):  # else who made what is not known
+            error = _product_error(state, updates, averaged.weights, rungs)
+        new, moments = self._optimizer.step(current, averaged.tensors, dict(state.moments))
+        losses = _losses_after(state, updates)
+        new_state = FederationState(server_round, pieces.join(new), moments, losses)
+        return Combined(new_state, averaged.weights, error, averaged.warnings)
 
     def _shortage(self, num_accepted: int, complaints: Sequence[str]) -> str:
         text = "; ".join(complaints[:_MOST_REASONS]) or "nobody took part"
